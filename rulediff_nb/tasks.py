@@ -557,14 +557,19 @@ class TwoSquares(Task):
         f:SquareFactors, # n factors
         length:Tensor,   # (n,) new side of the cool square
     )->SquareFactors:    # changed factors
-        "Change the cool side about its centre."
-        return f._replace(l2=length)
+        "Change the cool side; its share of the room on either side stays, so a free side is really free."
+        room = 1 - length
+        x2 = length/2 + room*(f.x2 - f.l2/2)/(1 - f.l2)
+        y2 = length/2 + (room - .5)*(f.y2 - f.l2/2)/(.5 - f.l2)
+        return f._replace(l2=length, x2=x2, y2=y2)
 
     def break_coarse(self,
         f:SquareFactors, # n factors
     )->SquareFactors:    # the warm square larger
-        "Swap the sides."
-        return f._replace(l1=f.l2, l2=f.l1)
+        "Swap the sides, moved inwards where they would leave their half."
+        def square(x, y, s, lo): return x.clamp(s/2, 1 - s/2), torch.minimum(torch.maximum(y, lo + s/2), lo + .5 - s/2)
+        (x1, y1), (x2, y2) = square(f.x1, f.y1, f.l2, .5), square(f.x2, f.y2, f.l1, 0.)
+        return f._replace(l1=f.l2, l2=f.l1, x1=x1, y1=y1, x2=x2, y2=y2)
 
 # %% ../nbs/01_tasks.ipynb #6cd06687
 TASKS = {t.name: t for t in (SunShadow(), SunShadow(heights='free'), Perspective(), TwoCircles(), TwoSquares())}
