@@ -484,6 +484,14 @@ class TwoCircles(Task):
         "Change the cool radius."
         return self._tangent(f._replace(r2=length), f.r1 + f.r2)
 
+    def free(self,
+        f:CircleFactors,     # n factors
+        other:CircleFactors, # n independent ones
+    )->CircleFactors:        # factors without a rule
+        "Set the warm disc, in its direction, beside the cool disc of another scene."
+        moved = f._replace(x1=f.x1 - f.x2 + other.x2, y1=f.y1 - f.y2 + other.y2, x2=other.x2, y2=other.y2, r2=other.r2)
+        return self._tangent(moved, f.r1 + f.r2)
+
     def break_coarse(self,
         f:CircleFactors, # n factors
     )->CircleFactors:    # the warm disc larger
