@@ -145,7 +145,8 @@ def test_a_good_notebook_passes(): assert not complaints(GOOD)
     (5, code("f()", out("text/html", "x"*60_001))),
     (5, code("f()", stream("saved in /" + "tmp/x.png"))), (5, code("f()", out("text/plain", "/" + "home/me/x"))),
     (5, code("open('/" + "root/x')")), (5, code("f()", stream(" 50%|#####     | 5/10 [00:01<00:01, 5.00it/s]"))),
-    (5, code("f()", out("text/html", "\u2588\u2588\u258e"))), (5, code("f()", dict(output_type="error", ename="E", evalue="", traceback=[]))),
+    (5, code("f()", out("text/html", "\u2588\u2588\u258e"))),
+    (5, code("f()", dict(output_type="error", ename="E", evalue="", traceback=[]))),
     (7, code("from nbdev import *\nnbdev_export()")), (7, code("%pip install torch")), (7, code("!ls"))])
 def test_a_fault_is_seen(at, cell):
     nb = deepcopy(GOOD)
