@@ -16,10 +16,10 @@ sync: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_sync.py
 
 notebooks: .venv/installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(TESTENV) $(BIN)/nbdev-test --n_workers $(NB_WORKERS) --timing --do_print
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TESTENV) $(BIN)/nbdev-test --n-workers $(NB_WORKERS) --timing --do-print
 
 slow: .venv/installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/nbdev-test --flags slow --n_workers 0 --cell_timeout 7200 --timing --do_print
+	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/nbdev-test --flags slow --n-workers 0 --cell-timeout 7200 --timing --do-print
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --timeout 7200
 
 course: .venv/installed-dev
