@@ -29,14 +29,14 @@ class Recipe:
     task:dict|None = None               # `Task.spec()` of the world
     channels:tuple[int,...] = (32, 64, 112) # width at each resolution
     layers:int = 1                      # residual blocks per resolution
-    attention:tuple[bool,...] = (False, True, True) # self-attention at each resolution
-    head_dim:int = 16                   # channels per attention head
+    attention:tuple[bool,...] = (False, False, True) # self-attention at each resolution
+    head_dim:int = 56                   # channels per attention head
     patch:int = 2                       # space-to-depth before the network, 1: none
     T:int = 1000                        # noise levels
     beta_start:float = 1e-4             # first beta of the linear schedule
     beta_end:float = 2e-2               # last beta
     prediction:str = 'v_prediction'     # "epsilon", "v_prediction" or "sample"
-    batch:int = 64                      # images per step
+    batch:int = 32                      # images per step
     lr:float = 1e-3                     # AdamW's peak learning rate
     warmup:int = 100                    # steps of linear warm-up
     decay:bool = True                   # cosine decay to zero at the last step
