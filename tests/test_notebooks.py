@@ -40,9 +40,12 @@ def faults(nb):
     return out
 
 
-def only_imports(src):
-    body = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "pass", src)).body
-    return all(isinstance(n, (ast.Import, ast.ImportFrom, ast.Try)) for n in body)
+def parse(src):
+    "A cell's syntax tree; lines for the shell or for IPython count as nothing."
+    return ast.parse(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", src))
+
+
+def only_imports(src): return all(isinstance(n, (ast.Import, ast.ImportFrom, ast.Try)) for n in parse(src).body)
 
 
 def shown(cell):
@@ -59,6 +62,15 @@ def rhythm(nb):
             last = i
         elif shown(c): last = None
     return out
+
+
+def mixed(nb):
+    """Cells that import and do something else: nbdev runs every cell with an import while it builds the site, and no other lesson
+    cell, so the names that such a cell needs would be missing there."""
+    def has_import(src): return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(parse(src)))
+    left_out = {"export", "exports", "exporti", "eval"}
+    return [f"cell {i} imports and does something else" for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code"
+            and not directives(c) & left_out and has_import(source(c)) and not only_imports(source(c))]
 
 
 def badge(name):
@@ -94,6 +106,8 @@ class TestNotebook:
 
     def test_file_is_clean(self, path): assert not faults(read_nb(path))
 
+    def test_imports_stand_alone(self, path): assert not mixed(read_nb(path))
+
     def test_rhythm(self, path): assert not rhythm(read_nb(path))
 
     def test_form(self, path): assert not form(read_nb(path), path.name)
@@ -128,14 +142,14 @@ GOOD = dict(metadata={}, cells=[
     md("## Exercise 1 (5 minutes)"), md("## What we now know"), md("## Differences from the paper")])
 
 
-def complaints(nb): return faults(nb) + rhythm(nb) + form(nb, "00_core.ipynb") + installs(nb)
+def complaints(nb): return faults(nb) + mixed(nb) + rhythm(nb) + form(nb, "00_core.ipynb") + installs(nb)
 
 
 def test_a_good_notebook_passes(): assert not complaints(GOOD)
 
 
 @pytest.mark.parametrize("at,cell", [
-    (0, md("# A title\n\n> A claim.\n\n[badge](x)")), (0, md("# A title")), (0, code("# A title\n> 1")),
+    (0, md("# A title\n\n> A claim.\n\n[badge](x)")), (0, md("# A title")), (0, code("# A title")),
     (1, md(badge("01_tasks.ipynb"))),
     (1, md(badge("00_core.ipynb").replace(owner() + "/", "else/"))),
     (2, code("#| default_exp tasks")),
@@ -144,10 +158,11 @@ def test_a_good_notebook_passes(): assert not complaints(GOOD)
     (5, code("f()", out("image/png", base64.b64encode(bytes(60_001)).decode()))),
     (5, code("f()", out("text/html", "x"*60_001))),
     (5, code("f()", stream("saved in /" + "tmp/x.png"))), (5, code("f()", out("text/plain", "/" + "home/me/x"))),
+    (5, code("import math\nmath.pi")), (5, code("def f():\n    import math\n    return math.pi\nf()")),
     (5, code("open('/" + "root/x')")), (5, code("f()", stream(" 50%|#####     | 5/10 [00:01<00:01, 5.00it/s]"))),
     (5, code("f()", out("text/html", "\u2588\u2588\u258e"))),
     (5, code("f()", dict(output_type="error", ename="E", evalue="", traceback=[]))),
-    (7, code("from nbdev import *\nnbdev_export()")), (7, code("%pip install torch")), (7, code("!ls"))])
+    (7, code("nbdev_export()")), (7, code("%pip install torch")), (7, code("!ls"))])
 def test_a_fault_is_seen(at, cell):
     nb = deepcopy(GOOD)
     nb["cells"][at] = cell
