@@ -4,6 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
 NB_WORKERS ?= 2
+.NOTPARALLEL:
 .PHONY: demo test sync notebooks slow course bench readme export clean
 
 demo: .venv/installed
