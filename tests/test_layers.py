@@ -80,7 +80,7 @@ before = set(os.listdir('.')); start = time.perf_counter()
 seconds = time.perf_counter() - start
 plt = sys.modules.get('matplotlib.pyplot')
 sys.__stdout__.write('RESULT' + json.dumps(dict(seconds=seconds, figures=len(plt.get_fignums()) if plt else 0,
-    new=sorted(set(os.listdir('.')) - before), heavy=[m for m in ('nbdev', 'jupyterlab', 'scipy.stats') if m in sys.modules])))
+    new=sorted(set(os.listdir('.')) - before), heavy=[m for m in ('nbdev', 'jupyterlab') if m in sys.modules])))
 """
 
 
