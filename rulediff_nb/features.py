@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from .core import check_images
-from .tasks import (PALETTE, PURE, Disc, Perspective, Rect, SunShadow, Task, TwoCircles, TwoSquares, hsv_to_rgb,
-    overlap, quadrant_area, rect_coverage)
+from .tasks import (PALETTE, PURE, Disc, Perspective, Rect, SunShadow, Task, TwoSquares, hsv_to_rgb,
+    overlap, quadrant_area)
 
 # %% ../nbs/02_features.ipynb #c8369d62
 def rect_slopes(
@@ -143,10 +143,10 @@ def labels(self:Task,
 def labels(self:SunShadow,
     d:Tensor, # (n,3,s,s) absorption
 )->Tensor:    # (n,3,s,s) bool
-    "A pale pole and a bluish shadow can have one hue: these two are told apart by height."
+    "A pale pole and a bluish shadow can have one hue: these two are told apart by rows, without the one they share."
     warm = (d[:, 2] - d[:, 0]) > .29*d.amax(1)
-    low = (torch.arange(self.size, device=d.device).flip(0) + .5 < .1*self.size)[:, None]
-    return torch.stack([warm, ~warm & ~low, ~warm & low], 1)
+    y = torch.arange(self.size, device=d.device).flip(0)[:, None]
+    return torch.stack([warm, ~warm & (y >= .1*self.size), ~warm & (y + 1 <= .1*self.size)], 1)
 
 class Boxes(NamedTuple):
     "First reading of k objects per image, canvas side 1."
@@ -293,7 +293,7 @@ def _inks(
     cover:Tensor, # (n,k,s,s)
     d:Tensor,     # (n,3,s,s)
     mean:Tensor,  # (k,3)
-    weight:float, # of the prior
+    weight:Tensor, # () of the prior
 )->Tensor:        # (n,k,3)
     "The colours that fit best, exactly (they enter linearly)."
     c = cover.flatten(2)
@@ -313,6 +313,37 @@ def _prior(
                       torch.full((lay.ink.numel(),), (NOISE/COLOUR)**2 if lay.known else 1e-4)])
     return mean, ties.double()
 
+def _normal(
+    cover:Tensor,  # (n,k,s,s) coverage
+    slopes:Tensor, # (n,m,s,s) its slopes
+    own:Tensor,    # (n,m,3) colour of the object that each slope belongs to
+    soft:Tensor,   # (n,3,s,s) slope of the image in the blur
+    aim:Tensor,    # (n,3,s,s) residual, blurred like the image
+    left:Tensor,   # (n,3,s,s) residual
+)->tuple[Tensor,Tensor]: # (n,w,w) normal matrix, (n,w) gradient over shape parameters, blur, colours
+    "All inner products go through one matrix of k+m coverage images: colours only weigh them."
+    m, (n, k) = slopes.shape[1], cover.shape[:2]
+    basis = torch.cat([slopes, cover], 1).flatten(2)
+    gram = (basis @ basis.transpose(1, 2)).double()
+    to_aim, to_soft = ((basis @ v.flatten(2).transpose(1, 2)).double() for v in (aim, soft))
+    h = gram.new_zeros(n, m + 1 + 3*k, m + 1 + 3*k)
+    h[:, :m, :m] = gram[:, :m, :m]*(own @ own.transpose(1, 2))/2
+    h[:, :m, m] = (to_soft[:, :m]*own).sum(-1)
+    h[:, :m, m + 1:] = (gram[:, :m, m:, None]*own[:, :, None]).flatten(2)
+    h[:, m, m] = soft.flatten(1).double().square().sum(1)/2
+    h[:, m, m + 1:] = to_soft[:, m:].flatten(1)
+    h[:, m + 1:, m + 1:] = torch.einsum('nij,cd->nicjd', gram[:, m:, m:], torch.eye(3).to(gram)).reshape(n, 3*k, 3*k)/2
+    g = [(to_aim[:, :m]*own).sum(-1), (left*soft).flatten(1).sum(1, True).double(), to_aim[:, m:].flatten(1)]
+    return h + h.transpose(1, 2), torch.cat(g, 1)
+
+def _outside(
+    lay:Layout, # of the task
+    s:Tensor,   # (n,m) shape parameters
+)->Tensor:      # (n,m) by how much a rectangle's edge lies beyond the canvas
+    "The image says nothing about an edge out there: it is pulled back to the border."
+    edge = torch.tensor([lay.kinds[k] is Rect for k in lay.owner], device=s.device)
+    return (s - s.clamp(0, 1))*edge
+
 def scene(
     task:Task,    # the world
     lay:Layout,   # of the task
@@ -321,39 +352,23 @@ def scene(
     smear:float,  # px
 )->Scene:         # colours, residual, normal equations
     "Draw the scene, solve for its colours and set up one Gauss-Newton step."
-    p, q, k, m = len(lay.names), len(lay.slack), len(lay.kinds), len(lay.owner)
-    s, j = shape_slopes(task, lay, z[:, :p])
-    slack = lay.slack.to(z)
-    s, j = s + z[:, p:p + q] @ slack, torch.cat([j, slack.T.expand(len(z), -1, -1)], 2)
+    n, m, pq = len(z), len(lay.owner), len(lay.names) + len(lay.slack)
+    s, j = shape_slopes(task, lay, z[:, :len(lay.names)])
+    s, j = s + z[:, len(lay.names):pq] @ lay.slack.to(z), torch.cat([j, lay.slack.T.to(z).expand(n, -1, -1)], 2)
     sharp, slopes = _draw(task, lay, s, smear, d.dtype)
-    b = z[:, -1].to(d.dtype)[:, None, None, None]
-    cover = sharp + b*neighbours(sharp)
+    b, soft = z[:, pq].to(d.dtype)[:, None, None, None], neighbours(sharp)
     mean, ties = (v.to(z) for v in _prior(task, lay))
-    ink = _inks(cover, d, mean[p + q + 1:].view(k, 3), float(ties[-1]))
+    ink = _inks(sharp + b*soft, d, mean[pq + 1:].view(-1, 3), ties[-1])
     def paint(c): return (ink.to(c).transpose(1, 2) @ c.flatten(2)).view_as(d)
-    left, soft = d - paint(cover), paint(neighbours(sharp))
-    basis = torch.cat([slopes, cover], 1).flatten(2)
-    gram = (basis @ basis.transpose(1, 2)).double()
-    aim = left + b*neighbours(left)
-    proj = (basis @ torch.cat([aim, left, soft], 1).flatten(2).transpose(1, 2)).double()
-    own = ink[:, lay.owner.to(ink.device)]
-    n = len(z)
-    h = z.new_zeros(n, m + 1 + 3*k, m + 1 + 3*k)
-    h[:, :m, :m] = gram[:, :m, :m]*(own @ own.transpose(1, 2))
-    h[:, :m, m] = h[:, m, :m] = (proj[:, :m, 6:]*own).sum(-1)
-    h[:, m, m] = soft.flatten(1).double().square().sum(1)
-    h[:, :m, m + 1:] = (gram[:, :m, m:, None]*own[:, :, None, :]).flatten(2)
-    h[:, m, m + 1:] = proj[:, m:, 6:].flatten(1)
-    h[:, m + 1:, :m + 1] = h[:, :m + 1, m + 1:].transpose(1, 2)
-    h[:, m + 1:, m + 1:] = torch.einsum('nij,cd->nicjd', gram[:, m:, m:], torch.eye(3).to(gram)).reshape(n, 3*k, 3*k)
-    g = torch.cat([(proj[:, :m, :3]*own).sum(-1), (left*soft).flatten(1).sum(1, True).double(), proj[:, m:, 3:6].flatten(1)], 1)
-    t = z.new_zeros(n, m + 1 + 3*k, p + q + 1 + 3*k)
-    t[:, :m, :p + q] = j
-    t[:, m:, p + q:] = torch.eye(1 + 3*k).to(t)
+    left = d - paint(sharp + b*soft)
+    h, g = _normal(sharp, slopes, ink[:, lay.owner.to(ink.device)], paint(soft), left + b*neighbours(left), left)
+    out, pull = _outside(lay, s), (NOISE*task.size/SLACK)**2
+    h[:, :m, :m] += torch.diag_embed((out != 0)*pull)
+    g = torch.cat([g[:, :m] - pull*out, g[:, m:]], 1)
+    t = torch.cat([torch.cat([j, j.new_zeros(n, h.shape[1] - m, pq)], 1), torch.eye(h.shape[1]).to(z)[:, m:].expand(n, -1, -1)], 2)
     gap = mean - torch.cat([z, ink.flatten(1)], 1)
-    normal = t.transpose(1, 2) @ h @ t + torch.diag(ties)
-    gradient = (t.transpose(1, 2) @ g[..., None])[..., 0] + ties*gap
-    return Scene(ink, left, normal, gradient, left.flatten(1).double().square().sum(1) + (ties*gap*gap).sum(1))
+    cost = left.flatten(1).double().square().sum(1) + (ties*gap*gap).sum(1) + pull*out.square().sum(1)
+    return Scene(ink, left, t.transpose(1, 2) @ h @ t + torch.diag(ties), (g[:, None] @ t)[:, 0] + ties*gap, cost)
 
 # %% ../nbs/02_features.ipynb #7bb457bb
 SMEAR = (1., 1., .5, .25, .1) + (.02,)*6
@@ -366,7 +381,7 @@ def fit_scene(
 )->tuple[Tensor,Scene]: # the best state found, and the scene there
     "Damped Gauss-Newton steps; a step that made things worse is cut to a quarter."
     best, cost = z, torch.full_like(z[:, 0], torch.inf)
-    for i, smear in enumerate(SMEAR):
+    for smear in SMEAR:
         sc = scene(task, lay, d, z, smear)
         ok = sc.cost <= cost
         best, cost = torch.where(ok[:, None], z, best), torch.where(ok, sc.cost, cost)
@@ -393,9 +408,9 @@ def _step(
     step = torch.linalg.solve_ex(h, sc.gradient)[0][:, :z.shape[1]].nan_to_num(0., 0., 0.)
     return torch.cat([step[:, :-1].clamp(-1.5/task.size, 1.5/task.size), (z[:, -1:] + step[:, -1:]).clamp(-.02, .2) - z[:, -1:]], 1)
 
-# %% ../nbs/02_features.ipynb #4cf055b1
+# %% ../nbs/02_features.ipynb #b452cee2
 REASONS = ('read', 'not finite', 'an object is missing', 'something else is there', 'misshapen or out of place', 'too small to tell')
-LEFT, OFF, FAINT = .07, .6, .15 # gates: coherent leftover per contrast; slack in px; weakest absorption
+LEFT, OFF, FAINT = .04, .5, .15 # gates: coherent leftover per contrast; slack in px; weakest absorption
 
 @patch
 def least(self:Task)->dict: # {field: px}
@@ -435,9 +450,12 @@ def finish(self:SunShadow,
 def leftover(
     left:Tensor, # (n,3,s,s) residual
     ink:Tensor,  # (n,k,3) absorption per object
-)->Tensor:       # (n,) largest 3x3 mean, in units of the palest object
-    "Coherent leftovers: noise averages out, a forgotten object doesn't."
-    return avg_pool2d(left, 3, 1).abs().amax((1, 2, 3))/ink.amax(2).amin(1).clamp(min=FAINT).to(left)
+)->Tensor:       # (n,) in units of the palest object
+    "Largest 3x3 mean of the signed residual beyond what its own grain explains: noise averages out, an object doesn't."
+    mean = avg_pool2d(left, 3, 1)
+    rough = (left[:, :, 1:-1, 1:-1] - mean).abs().flatten(1)
+    grain = rough.kthvalue(int(.8*rough.shape[1]), 1).values.clamp(max=.04)/1.2
+    return (mean.abs().amax((1, 2, 3)) - 1.4*grain).clamp(min=0)/ink.amax(2).amin(1).clamp(min=FAINT).to(left)
 
 def _errors(
     lay:Layout, # of the task
