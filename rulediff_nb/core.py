@@ -6,7 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'check_images', 'check_range', 'to_8bit',
-           'default_device', 'show', 'to_numpy', 'plot_rule', 'explore', 'in_test', 'progress', 'Exercise']
+           'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'explore', 'in_test',
+           'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
 import math, os, sys, warnings
@@ -68,7 +69,7 @@ def row_noise(
         row_generator(seed, int(r), stream).standard_normal(out=out[i], dtype=np.float32)
     return torch.from_numpy(out).to(device or 'cpu')
 
-# %% ../nbs/00_core.ipynb #c3128712
+# %% ../nbs/00_core.ipynb #e3c32782
 def check_images(
     x:Tensor,          # anything a caller hands over
     size:int|None=None, # pixels per side that are wanted; None: any
@@ -103,14 +104,14 @@ def to_8bit(
     "Clip to [-1,1] and round to 8 bits, so that real and drawn images are measured at one depth."
     return (x.clamp(-1, 1)*127.5 + 127.5).round()/127.5 - 1
 
-# %% ../nbs/00_core.ipynb #f976c5d9
+# %% ../nbs/00_core.ipynb #d475ac01
 def default_device()->torch.device: # the fastest one that is really there
     "CUDA if there is one, then Apple's MPS, then the CPU."
     if torch.cuda.is_available(): return torch.device('cuda')
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
 
-# %% ../nbs/00_core.ipynb #5888885a
+# %% ../nbs/00_core.ipynb #95d94bdd
 COLOURS = dict(real='0.45', model='#0072B2', guided='#D55E00', chance='0.2')
 
 def show(
@@ -139,7 +140,7 @@ def to_numpy(
     "A tensor or an array as a numpy array on the CPU, off the graph."
     return x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
 
-# %% ../nbs/00_core.ipynb #4eae38f6
+# %% ../nbs/00_core.ipynb #4c9f8407
 def plot_rule(
     a:Tensor,          # (n,) one side of the rule
     b:Tensor,          # (n,) the other side
@@ -167,7 +168,42 @@ def plot_rule(
     ax.figure.tight_layout()
     return ax.figure
 
-# %% ../nbs/00_core.ipynb #9ea8dc10
+# %% ../nbs/00_core.ipynb #7df7b258
+class Panel(NamedTuple):
+    "One column of `plot_panels`."
+    title:str               # name of the world
+    images:Tensor           # (n,3,s,s) in [-1,1]; the first 16 are shown
+    sides:tuple[Tensor,Tensor] # a and b of the images, NaN where they cannot be read
+    floor:tuple[Tensor,Tensor] # a and b of real images
+    label:str = 'model'     # the name in the legend
+    colour:str = 'model'    # a key of `COLOURS`
+
+def mosaic(
+    x:Tensor,   # (n,3,s,s) in [-1,1]
+    cols:int=4, # images per row
+    gap:float=-.8, # value of the lines between them
+)->Tensor:      # (3,h,w) one large picture
+    "Put images side by side with a line one pixel wide between them."
+    x = torch.nn.functional.pad(x.detach().float().cpu().clamp(-1, 1), (0, 1, 0, 1), value=gap)
+    rows = [torch.cat(list(r), 2) for r in x.split(cols) if len(r) == cols]
+    return torch.cat(rows, 1)[:, :-1, :-1]
+
+def plot_panels(
+    panels:Sequence[Panel], # at least one
+):                          # a matplotlib figure
+    "Samples above, `b` against `a` below, one column per model: floor grey, model blue, the rule's line black."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(2, len(panels), figsize=(2.6*len(panels), 5.4), squeeze=False)
+    for p, top, low in zip(panels, *axes):
+        top.imshow((mosaic(p.images[:16]).permute(1, 2, 0) + 1)/2, interpolation='nearest')
+        top.set_title(p.title, fontsize=9)
+        top.set_axis_off()
+        plot_rule(*p.sides, floor=p.floor, label=p.label, colour=p.colour, ax=low)
+    fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/00_core.ipynb #b2fd317c
 def explore(
     f:Callable,           # called with one value per name; its result is displayed
     **values:Sequence,    # name=[values]: the first of each is the start
@@ -198,7 +234,7 @@ def _attach(
     out = w.interactive_output(lambda **kw: display(f(**kw)), controls)
     display(w.VBox([*controls.values(), out]))
 
-# %% ../nbs/00_core.ipynb #d35b9041
+# %% ../nbs/00_core.ipynb #7d70c10f
 def progress(
     steps:Iterable,         # usually a generator such as `fit(…)`
     total:int|None=None,    # how many are expected
@@ -214,7 +250,7 @@ def progress(
         if note is not None and not bar.disable: bar.set_postfix_str(note(s), refresh=False)
         yield s
 
-# %% ../nbs/00_core.ipynb #7ca9d420
+# %% ../nbs/00_core.ipynb #3621d7c4
 class Exercise:
     "A task for the reader: `check(answer)` raises AssertionError with a hint where the answer is wrong."
     def __init__(self,

@@ -138,10 +138,12 @@ def real_images(
     one, two = _take(f, torch.arange(n)), _take(f, torch.arange(n, 2*n))
     return Real(measured(task, one), measured(task, permuted(task, one, seed)), one, two)
 
-# %% ../nbs/03_metrics.ipynb #43f940c2
+# %% ../nbs/03_metrics.ipynb #178a033b
 def gap(
-    e:Tensor, y:Tensor,   # rule_error and yield of the images
-    e0:Tensor, y0:Tensor, # of the floor
+    e:Tensor,             # rule_error of the images
+    y:Tensor,             # their yield
+    e0:Tensor,            # rule_error of the floor
+    y0:Tensor,            # its yield
     chance:Tensor,        # rule_error at chance
 )->Tensor:                # 0: as good as the data, 1: as if there were no rule; not clipped
     "rule_gap; an unreadable image counts as chance."
@@ -326,8 +328,11 @@ class RuleReport:
 
     def to_dict(self)->dict: # JSON-ready, one entry per row
         "Every row as {'value', 'low', 'high', 'floor', 'chance', …}; NaN becomes None."
-        def clean(v): return None if isinstance(v, float) and not math.isfinite(v) else v
-        return {k: {a: clean(b) for a, b in (v._asdict() | v.more).items() if a != 'more'} for k, v in self.rows.items()}
+        def clean(v):
+            if isinstance(v, dict): return {k: clean(u) for k, u in v.items()}
+            if isinstance(v, list): return [clean(u) for u in v]
+            return None if isinstance(v, float) and not math.isfinite(v) else v
+        return {k: clean({a: b for a, b in (v._asdict() | v.more).items() if a != 'more'}) for k, v in self.rows.items()}
 
     def table(self)->list[tuple[str,...]]: # header and rows
         "The cells of the table as text."
@@ -354,7 +359,7 @@ class RuleReport:
         name = ' '.join(f'{k}={v}' for k, v in self.task.items())
         return f'<table><caption>{name}</caption>{line(head, "th")}' + ''.join(line(r, 'td') for r in rows) + '</table>'
 
-# %% ../nbs/03_metrics.ipynb #080d57af
+# %% ../nbs/03_metrics.ipynb #44cbf84a
 def _compared(
     s:dict, floor:dict, chance:dict, # statistics, as points or as draws
 )->dict:                             # with rule_gap, and slope against the floor's

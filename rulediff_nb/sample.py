@@ -99,8 +99,11 @@ def sample_batches(
     "Sample in batches, telling of every step, so that progress can be shown."
     check_int(n, 'n'), check_int(batch, 'batch', 1)
     for i in range(0, n, batch):
-        for d in sample_steps(model, range(i, min(i + batch, n)), steps, eta, seed, scheduler): yield None
-        yield d.x.clamp(-1, 1).float()
+        x = None
+        for d in sample_steps(model, range(i, min(i + batch, n)), steps, eta, seed, scheduler):
+            x = d.x
+            yield None
+        yield x.clamp(-1, 1).float()
 
 def sample(
     model:torch.nn.Module, # has `recipe` and `predict`
@@ -116,7 +119,7 @@ def sample(
     s, p = model.recipe.world.size, next(model.parameters())
     return torch.cat(parts) if parts else torch.empty(0, 3, s, s, device=p.device)
 
-# %% ../nbs/08_sample.ipynb #03dedb77
+# %% ../nbs/08_sample.ipynb #f2e5b6a8
 WEIGHTS = Path(rulediff_nb.__file__).parent/'weights'
 
 def load_pretrained(

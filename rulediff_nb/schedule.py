@@ -7,10 +7,9 @@ Docs: https://rulediff.github.io/rulediff_nb/schedule.html.md"""
 # %% auto #0
 __all__ = ['PREDICTIONS', 'noise_schedule', 'add_noise', 'Clean', 'amplitudes', 'target', 'solve']
 
-# %% ../nbs/04_schedule.ipynb #d0d84cfa
+# %% ../nbs/04_schedule.ipynb #20664f37
 from typing import NamedTuple
 
-import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def add_noise(
     a = abar.to(x0)[t].view(-1, 1, 1, 1)
     return a.sqrt()*x0 + (1 - a).sqrt()*eps
 
-# %% ../nbs/04_schedule.ipynb #830387a2
+# %% ../nbs/04_schedule.ipynb #d3d43064
 class Clean(NamedTuple):
     "What a prediction at noise level t says about the two unknowns."
     x0:Tensor  # like `xt`, the clean image

@@ -89,15 +89,15 @@ def save_release(
     folder:str|Path,          # where to
     name:str,                 # file name without its ending
     tensors:dict[str,Tensor], # weights; floating ones are stored as float16
-    manifest:dict,            # JSON-ready; `sha256` and `bytes` are added
+    manifest:dict,            # JSON-ready, without NaN; `sha256` and `bytes` are added
 )->dict:                      # the manifest as written
     "Write NAME.safetensors and NAME.json."
     half = {k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.detach().cpu() for k, v in tensors.items()}
     blob = save(half, metadata=dict(format='pt'))
-    manifest = dict(manifest, sha256=sha256(blob), bytes=len(blob))
+    text = json.dumps(dict(manifest, sha256=sha256(blob), bytes=len(blob)), indent=1, allow_nan=False) + '\n'
     write_atomic(Path(folder)/f'{name}.safetensors', blob)
-    write_atomic(Path(folder)/f'{name}.json', (json.dumps(manifest, indent=1) + '\n').encode())
-    return manifest
+    write_atomic(Path(folder)/f'{name}.json', text.encode())
+    return json.loads(text)
 
 def list_releases(
     folder:str|Path, # where manifests stand

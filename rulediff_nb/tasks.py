@@ -226,7 +226,7 @@ class Task:
             x += cover[:, None]*(f.rgb[:, k] - 1)[:, :, None, None]
         return (1 + 2*x).clamp(-1, 1)
 
-# %% ../nbs/01_tasks.ipynb #b1f09612
+# %% ../nbs/01_tasks.ipynb #83a6ea23
 class SunFactors(NamedTuple):
     "What draws a sun, a pole and a shadow; canvas side 1, y up."
     l1:Tensor     # (n,) horizontal distance of sun and pole axis
@@ -327,7 +327,7 @@ class SunShadow(Task):
         "Turn the shadow round."
         return f._replace(side=-f.side)
 
-# %% ../nbs/01_tasks.ipynb #e1cf2ae6
+# %% ../nbs/01_tasks.ipynb #6c1daa15
 class BarFactors(NamedTuple):
     "What draws two bars; canvas side 1, y up."
     l1:Tensor  # (n,) left edge of the warm bar
@@ -408,7 +408,7 @@ class Perspective(Task):
         "Swap the heights."
         return f._replace(h1=f.h2, h2=f.h1)
 
-# %% ../nbs/01_tasks.ipynb #ac99d8ef
+# %% ../nbs/01_tasks.ipynb #de1862cb
 class CircleFactors(NamedTuple):
     "What draws two discs; canvas side 1, y up."
     r1:Tensor  # (n,) radius of the warm disc
@@ -498,7 +498,7 @@ class TwoCircles(Task):
         "Swap the radii."
         return self._tangent(f._replace(r1=f.r2, r2=f.r1), f.r1 + f.r2)
 
-# %% ../nbs/01_tasks.ipynb #20064d6b
+# %% ../nbs/01_tasks.ipynb #87f48cf6
 class SquareFactors(NamedTuple):
     "What draws two squares; canvas side 1, y up."
     l1:Tensor  # (n,) side of the warm square
@@ -579,7 +579,7 @@ class TwoSquares(Task):
         (x1, y1), (x2, y2) = square(f.x1, f.y1, f.l2, .5), square(f.x2, f.y2, f.l1, 0.)
         return f._replace(l1=f.l2, l2=f.l1, x1=x1, y1=y1, x2=x2, y2=y2)
 
-# %% ../nbs/01_tasks.ipynb #6cd06687
+# %% ../nbs/01_tasks.ipynb #bcc2308e
 TASKS = {t.name: t for t in (SunShadow(), SunShadow(heights='free'), Perspective(), TwoCircles(), TwoSquares())}
 
 def get_task(

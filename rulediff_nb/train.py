@@ -108,7 +108,7 @@ class Run:
         if self.ema and self.step: self.ema.copy_to(self.model.parameters())
         return self.model.eval()
 
-# %% ../nbs/07_train.ipynb #c4b53fe7
+# %% ../nbs/07_train.ipynb #0e66afd3
 def fit(
     model:RuleUNet, # trained in place, on the device it is on
     x0:Tensor,      # (n,3,s,s) float in [-1,1]: the training set
@@ -124,7 +124,7 @@ def fit(
         while run.step < steps: yield run.advance(x0)
     finally: run.finish()
 
-# %% ../nbs/07_train.ipynb #a9f25f34
+# %% ../nbs/07_train.ipynb #d63b7601
 def run_meta(
     run:Run, # a training in progress
 )->dict:     # JSON-ready
@@ -164,7 +164,7 @@ def load_run(
     run.step = meta['step']
     return meta
 
-# %% ../nbs/07_train.ipynb #374ead42
+# %% ../nbs/07_train.ipynb #ebffcee7
 def provenance()->dict: # JSON-ready
     "Where a run happened: hardware, library versions, and the source's revision if it is a git checkout."
     import diffusers, rulediff_nb
