@@ -364,7 +364,8 @@ def _compared(
     s:dict, floor:dict, chance:dict, # statistics, as points or as draws
 )->dict:                             # with rule_gap, and slope against the floor's
     "Add what needs a comparison."
-    return s | dict(rule_gap=_gap_of(s, floor, chance), slope=s['slope']/floor['slope'], floor=floor['rule_error'], chance=chance['rule_error'])
+    return s | dict(rule_gap=_gap_of(s, floor, chance), slope=s['slope']/floor['slope'],
+                    floor=floor['rule_error'], chance=chance['rule_error'])
 
 def _points_and_draws(
     m:Measured, # the images
