@@ -103,7 +103,7 @@ def draw_rgb(
     if palette == 'pure': hsv = torch.tensor([PURE[c] for c in colours], dtype=u.dtype).expand(len(u), -1, -1)
     else:
         lo, hi = torch.tensor([PALETTE[c] for c in colours], dtype=u.dtype).unbind(-1)
-        hsv = (lo + u.view(len(u), -1, 3)*(hi - lo + 1)).floor()
+        hsv = (lo + u.view(len(u), len(colours), 3)*(hi - lo + 1)).floor()
     return hsv_to_rgb(hsv)
 
 # %% ../nbs/01_tasks.ipynb #58bcff92

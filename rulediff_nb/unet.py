@@ -7,7 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/unet.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'PAPER_EPOCHS', 'Recipe', 'recipe', 'RuleUNet', 'unet']
 
-# %% ../nbs/05_unet.ipynb #584687e0
+# %% ../nbs/05_unet.ipynb #44de25c0
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -18,7 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
 from .core import row_generator
-from .schedule import noise_schedule
+from .schedule import amplitudes, noise_schedule
 from .tasks import Task, get_task
 
 # %% ../nbs/05_unet.ipynb #c19e9580
@@ -27,17 +28,18 @@ class Recipe:
     "Everything that decides a run but the seed."
     preset:str = 'laptop'               # the name it goes by
     task:dict|None = None               # `Task.spec()` of the world
-    channels:tuple[int,...] = (32, 64, 112) # width at each resolution
+    channels:tuple[int,...] = (64, 64, 96) # width at each resolution
     layers:int = 1                      # residual blocks per resolution
     attention:tuple[bool,...] = (False, False, True) # self-attention at each resolution
-    head_dim:int = 56                   # channels per attention head
+    head_dim:int = 48                   # channels per attention head
     patch:int = 2                       # space-to-depth before the network, 1: none
     T:int = 1000                        # noise levels
     beta_start:float = 1e-4             # first beta of the linear schedule
     beta_end:float = 2e-2               # last beta
     prediction:str = 'v_prediction'     # "epsilon", "v_prediction" or "sample"
+    contrast:float = .3                 # root mean square of x0 - 1, for the preconditioning of v; 0: none
     batch:int = 32                      # images per step
-    lr:float = 1e-3                     # AdamW's peak learning rate
+    lr:float = 2e-3                     # AdamW's peak learning rate
     warmup:int = 100                    # steps of linear warm-up
     decay:bool = True                   # cosine decay to zero at the last step
     weight_decay:float = 0.             # AdamW's
@@ -70,7 +72,7 @@ class Recipe:
 PRESETS = dict(
     laptop=Recipe(),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
-                 prediction='epsilon', batch=16, lr=3e-4, warmup=0, decay=False, weight_decay=.01, ema=0., bf16=False))
+                 prediction='epsilon', contrast=0., batch=16, lr=3e-4, warmup=0, decay=False, weight_decay=.01, ema=0., bf16=False))
 PAPER_EPOCHS = dict(sun_shadow=400, sun_shadow_free=400, perspective=800, two_circles=1600, two_squares=1000)
 
 def recipe(
@@ -93,7 +95,8 @@ class RuleUNet(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         r = Recipe.from_dict(dict(recipe))
-        self.recipe, self.abar = r, r.schedule().alphas_cumprod
+        self.recipe = r
+        self.register_buffer('abar', r.schedule().alphas_cumprod, persistent=False)
         names = [('AttnDownBlock2D', 'AttnUpBlock2D') if a else ('DownBlock2D', 'UpBlock2D') for a in r.attention]
         self.net = UNet2DModel(
             sample_size=r.world.size//r.patch, in_channels=3*r.patch**2, out_channels=3*r.patch**2,
@@ -108,10 +111,23 @@ class RuleUNet(ModelMixin, ConfigMixin):
     )->UNet2DOutput:                 # `.sample` like `sample`: the prediction
         "Predict as the recipe's `prediction` says."
         if class_labels is not None: raise ValueError("this network was made without class labels")
+        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        x, read = self.condition(sample, t)
         p = self.recipe.patch
-        x = F.pixel_unshuffle(sample, p).contiguous(memory_format=torch.channels_last)
-        out = F.pixel_shuffle(self.net(x, timestep).sample, p)
+        h = F.pixel_unshuffle(x, p).contiguous(memory_format=torch.channels_last)
+        out = read(F.pixel_shuffle(self.net(h, t).sample, p))
         return UNet2DOutput(sample=out) if return_dict else (out,)
+
+    def condition(self,
+        xt:Tensor, # (n,3,s,s)
+        t:Tensor,  # (n,) in [0,T)
+    )->tuple[Tensor,Callable[[Tensor],Tensor]]: # the network's input, and what turns its output into the prediction
+        "Input of unit size, and the part of v that is linear in xt taken off the network's shoulders."
+        c = self.recipe.contrast
+        if not c: return xt, lambda out: out
+        s, n = (v.to(xt) for v in amplitudes(t.long(), self.abar.float()))
+        k, x = (n*n + s*s*c*c).sqrt(), xt - s
+        return x/k, lambda out: s*n*(1 - c*c)/(k*k)*x - n - c/k*out
 
     def predict(self,
         xt:Tensor, # (n,3,s,s)
