@@ -1,4 +1,4 @@
-"""Geometry and colours of all five worlds can be read off a 32-pixel image, without knowing the colours, to well within 1 % of the rule; what can't be read is refused and says why.
+"""Geometry and colours of all five worlds can be read off a 32-pixel image, without knowing the colours, to well within 1 % of the rule; what cannot be read is refused, with the reason.
 
 Docs: https://rulediff.github.io/rulediff_nb/features.html.md"""
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from .core import check_images
-from .tasks import (PALETTE, PURE, Disc, Perspective, Rect, SunShadow, Task, TwoSquares, hsv_to_rgb,
+from .tasks import (PALETTE, PURE, Disc, Perspective, Rect, SunShadow, Task, TwoCircles, TwoSquares, hsv_to_rgb,
     overlap, quadrant_area)
 
-# %% ../nbs/02_features.ipynb #c8369d62
+# %% ../nbs/02_features.ipynb #2bdbad6d
 def rect_slopes(
     rect:Rect,      # n rectangles
     size:int,       # pixels per side
@@ -37,7 +37,7 @@ def rect_slopes(
     slopes = torch.cat([high[:, None, :, None]*dx[:, :, None, :], dy[..., None]*wide[:, None, None, :]], 1)
     return high[:, :, None]*wide[:, None, :], slopes
 
-# %% ../nbs/02_features.ipynb #c57dc2fa
+# %% ../nbs/02_features.ipynb #b00e9e71
 def _chord(
     u:Tensor, # in radii
     v:Tensor, # in radii, broadcasts with `u`
@@ -60,18 +60,12 @@ def disc_slopes(
     cells = fields.diff(dim=2).diff(dim=3).flip(2)
     return cells[:, 0].clamp(0, 1), cells[:, 1:]
 
-# %% ../nbs/02_features.ipynb #51cb9fa3
-class Layout(NamedTuple):
-    "What the fit must know about a task."
-    names:tuple[str,...]  # fields of `Factors` that are fitted
-    start:Tensor          # (p,) their mean over drawn scenes
-    spread:Tensor         # (p,) their standard deviation
-    kinds:tuple[type,...] # `Rect` or `Disc` per object
-    owner:Tensor          # (m,) int64: which object each shape parameter belongs to
-    slack:Tensor          # (q,m): how each freedom beyond the task moves the shape parameters
-    ink:Tensor            # (k+1,3) expected absorption 1 - rgb, the background's last
-    known:bool            # whether the colours are known
-    lengths:tuple[bool,...] # which of the fitted fields are lengths that cannot pass zero
+# %% ../nbs/02_features.ipynb #b8f4a1cf
+def _vector(
+    shapes, # a task's shapes
+)->Tensor:  # (n,m) their parameters side by side
+    "All shape parameters as columns."
+    return torch.stack([v for s in shapes for v in s], 1)
 
 @patch
 def slack(self:Task)->tuple: # of (object, {shape field: weight})
@@ -105,11 +99,44 @@ def fitted(self:SunShadow)->tuple: # names
     "All but `side`: the fit lets the shadow's length be negative instead."
     return 'l2', 'h2', 'sun_x', 'sun_y', 'pole_x', 'foot_y'
 
-def _vector(
-    shapes, # a task's shapes
-)->Tensor:  # (n,m) their parameters side by side
-    "All shape parameters as columns."
-    return torch.stack([v for s in shapes for v in s], 1)
+# %% ../nbs/02_features.ipynb #96ddd6dd
+@patch
+def least(self:Task)->dict: # {field: px}
+    "Smallest lengths that can be told from nothing, and from a paler colour where colours are unknown; in pixels."
+    return {self.length: .02}
+
+@patch
+def least(self:SunShadow)->dict: # {field: px}
+    "The shadow's inner end is known to lie on the pole's axis: one full column is enough for an unknown colour."
+    return dict(l2=.02 if self.palette == 'pure' else 1.01, h2=2.01)
+
+@patch
+def least(self:Perspective)->dict: # {field: px}
+    "Below two pixels a bar has no full row: a low dark one looks like a high pale one."
+    return dict.fromkeys(('h1', 'h2'), .02 if self.palette == 'pure' else 2.01)
+
+@patch
+def least(self:TwoCircles)->dict: # {field: px}
+    "Half the smallest radius that is drawn: what is smaller is a blemish, no disc."
+    return dict(r1=.025*self.size, r2=.025*self.size)
+
+@patch
+def least(self:TwoSquares)->dict: # {field: px}
+    "Two pixels, as for a bar."
+    return dict(l1=2.01, l2=2.01)
+
+# %% ../nbs/02_features.ipynb #c08bb79f
+class Layout(NamedTuple):
+    "What the fit must know about a task."
+    names:tuple[str,...]  # fields of `Factors` that are fitted
+    start:Tensor          # (p,) their mean over drawn scenes
+    spread:Tensor         # (p,) their standard deviation
+    kinds:tuple[type,...] # `Rect` or `Disc` per object
+    owner:Tensor          # (m,) int64: which object each shape parameter belongs to
+    slack:Tensor          # (q,m): how each freedom beyond the task moves the shape parameters
+    ink:Tensor            # (k+1,3) expected absorption 1 - rgb, the background's last
+    known:bool            # whether the colours are known
+    lengths:tuple[bool,...] # which of the fitted fields are lengths that cannot pass zero
 
 @cache
 def layout(
@@ -128,7 +155,7 @@ def layout(
     return Layout(names, values.mean(0), values.std(0), tuple(type(s) for s in shapes), torch.tensor([k for k, _ in fields]),
                   slack, ink, task.palette == 'pure', tuple(k == task.length or k in task.least() for k in names))
 
-# %% ../nbs/02_features.ipynb #dc7d3f2a
+# %% ../nbs/02_features.ipynb #4b3420c8
 @patch
 def labels(self:Task,
     d:Tensor, # (n,3,s,s) absorption
@@ -149,6 +176,7 @@ def labels(self:SunShadow,
     y = torch.arange(self.size, device=d.device).flip(0)[:, None]
     return torch.stack([warm, ~warm & (y >= .1*self.size), ~warm & (y + 1 <= .1*self.size)], 1)
 
+# %% ../nbs/02_features.ipynb #4e5aa786
 class Boxes(NamedTuple):
     "First reading of k objects per image, canvas side 1."
     edges:Tensor # (n,k,4) x0, x1, y0, y1
@@ -187,7 +215,7 @@ def first_boxes(
     round_ = torch.tensor([k is Disc for k in lay.kinds], device=d.device)
     return Boxes(edges, touch & round_[:, None], peak)
 
-# %% ../nbs/02_features.ipynb #11fee289
+# %% ../nbs/02_features.ipynb #6e7f4a51
 @patch
 def start(self:Task,
     lay:Layout,  # of this task
@@ -255,10 +283,7 @@ def first_theta(
         theta = theta + torch.linalg.solve(h, g)
     return theta
 
-# %% ../nbs/02_features.ipynb #5f4f9a75
-NOISE, COLOUR, WHITE = .01, .01, .03       # standard deviations: pixel, known colour, background
-SLACK, BLUR, PLACE = .15, .03, 1.          # of slack (px), blur, place of things that never move (px)
-
+# %% ../nbs/02_features.ipynb #dd7940ce
 def neighbours(
     x:Tensor, # (...,s,s)
 )->Tensor:    # the same shape
@@ -267,13 +292,18 @@ def neighbours(
     q = pad(flat, (1, 1, 1, 1), mode='replicate')
     return (q[..., 1:-1, 2:] + q[..., 1:-1, :-2] + q[..., 2:, 1:-1] + q[..., :-2, 1:-1] - 4*flat).view_as(x)
 
+# %% ../nbs/02_features.ipynb #af6302bd
+NOISE, COLOUR, WHITE = .01, .01, .03 # standard deviations: pixel, known colour, background
+SLACK, BLUR, PLACE = .15, .03, 1.    # of slack (px), blur, place of things that never move (px)
+
 class Scene(NamedTuple):
     "One state of the fit and what the image says about it."
     ink:Tensor      # (n,k+1,3) absorption per object and of the background
+    cover:Tensor    # (n,s,s) share of each pixel that objects cover
     left:Tensor     # (n,3,s,s) residual
     normal:Tensor   # (n,w,w) normal matrix over fitted numbers, slacks, blur, colours
-    gradient:Tensor # (n,w)
-    cost:Tensor     # (n,)
+    gradient:Tensor # (n,w) minus half the slope of `cost`
+    cost:Tensor     # (n,) squared residual and ties
 
 def _draw(
     task:Task,      # the world
@@ -315,6 +345,7 @@ def _prior(
     ties = torch.cat([fixed, torch.full((q,), (NOISE*task.size/SLACK)**2), torch.full((1,), (NOISE/BLUR)**2), ink.flatten()])
     return mean, ties.double()
 
+# %% ../nbs/02_features.ipynb #39e88f0d
 def _normal(
     cover:Tensor,  # (n,k,s,s) coverage, the background's too
     slopes:Tensor, # (n,m,s,s) its slopes
@@ -371,27 +402,10 @@ def scene(
     t = torch.cat([torch.cat([j, j.new_zeros(n, h.shape[1] - m, pq)], 1), torch.eye(h.shape[1]).to(z)[:, m:].expand(n, -1, -1)], 2)
     gap = mean - torch.cat([z, ink.flatten(1)], 1)
     cost = left.flatten(1).double().square().sum(1) + (ties*gap*gap).sum(1) + pull*out.square().sum(1)
-    return Scene(ink, left, t.transpose(1, 2) @ h @ t + torch.diag(ties), (g[:, None] @ t)[:, 0] + ties*gap, cost)
+    return Scene(ink, 1 - sharp[:, -1], left, t.transpose(1, 2) @ h @ t + torch.diag(ties), (g[:, None] @ t)[:, 0] + ties*gap, cost)
 
-# %% ../nbs/02_features.ipynb #7bb457bb
-SMEAR = (1., 1., .5, .25, .1) + (.02,)*6
-
-def fit_scene(
-    task:Task,  # the world
-    lay:Layout, # of the task
-    d:Tensor,   # (n,3,s,s) absorption
-    z:Tensor,   # (n,p+q+1) start
-)->tuple[Tensor,Scene]: # the best state found, and the scene there
-    "Damped Gauss-Newton steps; a step that made things worse is cut to a quarter."
-    best, cost = z, torch.full_like(z[:, 0], torch.inf)
-    for smear in SMEAR:
-        sc = scene(task, lay, d, z, smear)
-        ok = sc.cost <= cost
-        best, cost = torch.where(ok[:, None], z, best), torch.where(ok, sc.cost, cost)
-        z = torch.where(ok[:, None], _keep_sign(lay, z, z + _step(task, sc, z)), best + (z - best)/4)
-    sc = scene(task, lay, d, z, SMEAR[-1])
-    best = torch.where((sc.cost <= cost)[:, None], z, best)
-    return best, scene(task, lay, d, best, SMEAR[-1])
+# %% ../nbs/02_features.ipynb #974b974d
+SMEAR = (1., 1., .5, .25, .1) + (.02,)*6 # width of an edge per step, px
 
 def _keep_sign(
     lay:Layout, # of the task
@@ -413,54 +427,50 @@ def _step(
     step = torch.linalg.solve_ex(h, sc.gradient)[0][:, :z.shape[1]].nan_to_num(0., 0., 0.)
     return torch.cat([step[:, :-1].clamp(-1.5/task.size, 1.5/task.size), (z[:, -1:] + step[:, -1:]).clamp(-.02, .2) - z[:, -1:]], 1)
 
-# %% ../nbs/02_features.ipynb #b452cee2
+def fit_scene(
+    task:Task,  # the world
+    lay:Layout, # of the task
+    d:Tensor,   # (n,3,s,s) absorption
+    z:Tensor,   # (n,p+q+1) start
+)->tuple[Tensor,Scene]: # the best state found, and the scene there
+    "Damped Gauss-Newton steps; a step that made things worse is cut to a quarter."
+    best, cost = z, torch.full_like(z[:, 0], torch.inf)
+    for smear in SMEAR:
+        sc = scene(task, lay, d, z, smear)
+        ok = sc.cost <= cost
+        best, cost = torch.where(ok[:, None], z, best), torch.where(ok, sc.cost, cost)
+        z = torch.where(ok[:, None], _keep_sign(lay, z, z + _step(task, sc, z)), best + (z - best)/4)
+    sc = scene(task, lay, d, z, SMEAR[-1])
+    best = torch.where((sc.cost <= cost)[:, None], z, best)
+    return best, scene(task, lay, d, best, SMEAR[-1])
+
+def _fit(
+    task:Task,  # the world
+    lay:Layout, # of the task
+    d:Tensor,   # (n,3,s,s) absorption, finite
+)->tuple[Boxes,Tensor,Scene]: # first reading, fitted numbers, scene
+    "First reading, then the fit."
+    boxes = first_boxes(d, task.labels(d), lay)
+    theta = first_theta(task, lay, boxes)
+    return boxes, *fit_scene(task, lay, d, torch.cat([theta, theta.new_zeros(len(theta), len(lay.slack) + 1)], 1))
+
+# %% ../nbs/02_features.ipynb #cdb60965
 REASONS = ('read', 'not finite', 'an object is missing', 'something else is there', 'misshapen or out of place', 'too small to tell')
-LEFT, OFF, FAINT = .04, .5, .15 # gates: coherent leftover per contrast; slack in px; weakest absorption
-
-@patch
-def least(self:Task)->dict: # {field: px}
-    "Smallest lengths that can be told from nothing, and from a paler colour where colours are unknown; in pixels."
-    return {self.length: .02}
-
-@patch
-def least(self:SunShadow)->dict: # {field: px}
-    "The shadow's inner end is known to lie on the pole's axis: one full column is enough for an unknown colour."
-    return dict(l2=.02 if self.palette == 'pure' else 1.01, h2=2.01)
-
-@patch
-def least(self:Perspective)->dict: # {field: px}
-    "Below two pixels a bar has no full row: a low dark one looks like a high pale one."
-    return dict.fromkeys(('h1', 'h2'), .02 if self.palette == 'pure' else 2.01)
-
-@patch
-def least(self:TwoSquares)->dict: # {field: px}
-    "Two pixels, as for a bar."
-    return dict(l1=2.01, l2=2.01)
-
-@patch
-def finish(self:Task,
-    f:NamedTuple, # n factors as fitted
-)->NamedTuple:    # with what follows from them
-    "Fill in the fields that are not fitted."
-    return f
-
-@patch
-def finish(self:SunShadow,
-    f:NamedTuple, # n factors as fitted, l2 with the sign of the side
-)->NamedTuple:    # with l1, h1, side
-    "Sun against the pole's own axis and top."
-    return f._replace(l1=(f.sun_x - f.pole_x).abs(), h1=f.sun_y - f.foot_y - f.h2, l2=f.l2.abs(),
-                      side=torch.where(f.l2 < 0, -1., 1.).to(f.l2))
+LEFT, OFF, FAINT = .06, .5, .15 # gates: coherent leftover per contrast; slack, and place, in px; weakest absorption
 
 def leftover(
-    left:Tensor, # (n,3,s,s) residual
-    ink:Tensor,  # (n,k,3) absorption per object
-)->Tensor:       # (n,) in units of the palest object
-    "Largest 3x3 mean of the signed residual beyond what its own grain explains: noise averages out, an object doesn't."
+    left:Tensor,  # (n,3,s,s) residual
+    cover:Tensor, # (n,s,s) share of each pixel that objects cover
+    ink:Tensor,   # (n,k,3) absorption per object
+)->Tensor:        # (n,) in units of the palest object
+    "Largest 3x3 mean of the signed residual beyond what the grain, of objects or of background, explains."
     mean = avg_pool2d(left, 3, 1)
-    rough = (left[:, :, 1:-1, 1:-1] - mean).abs().flatten(1)
-    grain = rough.kthvalue(int(.8*rough.shape[1]), 1).values.clamp(max=.06)/1.2
-    return (mean.abs().amax((1, 2, 3)) - 1.4*grain).clamp(min=0)/ink.amax(2).amin(1).clamp(min=FAINT).to(left)
+    rough = (left[:, :, 1:-1, 1:-1] - mean).abs()
+    near = (avg_pool2d(cover[:, None], 3, 1) > .1).expand_as(mean)
+    def beyond(where):
+        grain = rough.where(where, torch.nan).flatten(1).nanquantile(.8, dim=1).nan_to_num(0.).clamp(max=.06)/1.2
+        return mean.abs().where(where, 0.).amax((1, 2, 3)) - 1.4*grain
+    return torch.maximum(beyond(near), beyond(~near)).clamp(min=0)/ink.amax(2).amin(1).clamp(min=FAINT).to(left)
 
 def _errors(
     lay:Layout, # of the task
@@ -487,14 +497,29 @@ def verdict(
     bent = (z[:, p:-1].abs()*task.size > OFF).any(1)
     least = torch.tensor([task.least().get(k, -torch.inf) for k in lay.names]).to(z)
     length = torch.tensor(lay.lengths, device=z.device)
-    tiny = (z[:, :p].abs()*task.size < least + 4*error*task.size).any(1) | (error*length*task.size > .3).any(1)
+    tiny = (z[:, :p].abs()*task.size < least + 4*error*task.size).any(1) | ~(error*length*task.size < .3).all(1)
     faint = (sc.ink[:, :-1].amax(2) < FAINT).any(1) | (boxes.peak < (.008 if lay.known else FAINT)).any(1)
-    tests = [tiny, away | bent, leftover(sc.left, sc.ink[:, :-1]) > LEFT, faint, ~d.flatten(1).isfinite().all(1)]
+    tests = [tiny, away | bent, leftover(sc.left, sc.cover, sc.ink[:, :-1]) > LEFT, faint, ~d.flatten(1).isfinite().all(1)]
     why = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     for code, bad in zip((5, 4, 3, 2, 1), tests): why[bad] = code
     return why
 
-# %% ../nbs/02_features.ipynb #844f8763
+# %% ../nbs/02_features.ipynb #516a925e
+@patch
+def finish(self:Task,
+    f:NamedTuple, # n factors as fitted
+)->NamedTuple:    # with what follows from them
+    "Fill in the fields that are not fitted."
+    return f
+
+@patch
+def finish(self:SunShadow,
+    f:NamedTuple, # n factors as fitted, l2 with the sign of the side
+)->NamedTuple:    # with l1, h1, side
+    "Sun against the pole's own axis and top."
+    return f._replace(l1=(f.sun_x - f.pole_x).abs(), h1=f.sun_y - f.foot_y - f.h2, l2=f.l2.abs(),
+                      side=torch.where(f.l2 < 0, -1., 1.).to(f.l2))
+
 @cache
 def features_type(
     factors:type, # a task's `Factors`
@@ -502,16 +527,6 @@ def features_type(
     "The same fields and what the ruler says about itself."
     extra = [('readable', Tensor), ('why', Tensor), ('leftover', Tensor), ('error', Tensor)]
     return NamedTuple(factors.__name__.replace('Factors', '') + 'Features', [(k, Tensor) for k in factors._fields] + extra)
-
-def _fit(
-    task:Task,  # the world
-    lay:Layout, # of the task
-    d:Tensor,   # (n,3,s,s) absorption, finite
-)->tuple[Boxes,Tensor,Scene]: # first reading, fitted numbers, scene
-    "First reading, then the fit."
-    boxes = first_boxes(d, task.labels(d), lay)
-    theta = first_theta(task, lay, boxes)
-    return boxes, *fit_scene(task, lay, d, torch.cat([theta, theta.new_zeros(len(theta), len(lay.slack) + 1)], 1))
 
 def with_gradient(
     task:Task,  # the world
@@ -540,7 +555,7 @@ def _read(
     if x.requires_grad and torch.is_grad_enabled(): z, ink = with_gradient(task, lay, safe, z)
     f = task.finish(_factors(task, lay, z[:, :len(lay.names)])._replace(rgb=1 - ink[:, :-1]))
     own = error[:, lay.names.index(task.length)] if task.length in lay.names else error.amax(1)
-    return features_type(task.Factors)(*(v.to(d.dtype) for v in f), why == 0, why, leftover(sc.left, sc.ink[:, :-1]), own.to(d.dtype))
+    return features_type(task.Factors)(*(v.to(d.dtype) for v in f), why == 0, why, leftover(sc.left, sc.cover, sc.ink[:, :-1]), own.to(d.dtype))
 
 @patch
 def features(self:Task,
