@@ -1,0 +1,316 @@
+"Rows of noise that belong to their seed, checks of what a caller hands over, figures, sliders under test, exercises."
+import math
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from scipy import stats
+
+from rulediff_nb import core
+from rulediff_nb.core import (
+    COLOURS,
+    Exercise,
+    Panel,
+    check_images,
+    check_int,
+    default_device,
+    explore,
+    mosaic,
+    plot_panels,
+    plot_rule,
+    progress,
+    row_generator,
+    row_noise,
+    row_uniform,
+    show,
+    to_8bit,
+    to_numpy,
+)
+
+torch.set_num_threads(1)
+big = st.integers(0, 2**63 - 1)
+
+
+def first(*key): return row_generator(*key).integers(2**63, size=4).tolist()
+
+
+# ---------------------------------------------------------------- seeds
+
+@given(big, big, st.integers(0, 100), st.integers(0, 400))
+def test_every_part_of_the_key_counts(seed, row, stream, attempt):
+    here = first(seed, row, stream, attempt)
+    assert here == first(seed, row, stream, attempt)
+    others = [first(seed ^ 1, row, stream, attempt), first(seed, row ^ 1, stream, attempt), first(seed, row, stream + 1, attempt),
+              first(seed, row, stream, attempt + 1), first(row, seed, stream, attempt) if row != seed else []]
+    assert here not in others
+
+
+def test_streams_seeds_and_rows_share_no_number():
+    drawn = [v for seed in (0, 1, 2) for row in range(20) for stream in (0, 1, 20, 21) for attempt in (0, 1)
+             for v in row_generator(seed, row, stream, attempt).integers(2**63, size=50).tolist()]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_neighbouring_seeds_share_no_row():
+    a, b = (row_noise(s, range(200), (8,)) for s in (0, 1))
+    assert torch.cdist(a, b).min() > .1 and not set(a[:, 0].tolist()) & set(b[:, 0].tolist())
+
+
+def test_a_long_row_stays_out_of_the_next_stream():
+    long = row_generator(3, 5, 0).integers(2**63, size=200_000)
+    for key in ((3, 5, 1), (3, 6, 0), (3, 5, 0, 1)): assert not np.isin(row_generator(*key).integers(2**63, size=1000), long).any()
+
+
+@pytest.mark.parametrize("seed", [np.int64(7), np.int32(7), np.uint8(7), np.uint64(7)])
+def test_numpy_seeds_are_taken(seed): assert first(seed, 0) == first(7, 0) and type(check_int(seed, "seed")) is int
+
+
+@pytest.mark.parametrize("seed,error", [(True, TypeError), (np.bool_(True), TypeError), (1., TypeError), (np.float64(1), TypeError),
+                                        ("1", TypeError), (None, TypeError), (torch.tensor(1), TypeError), (-1, ValueError),
+                                        (2**63, ValueError), (np.int64(-1), ValueError)])
+def test_other_seeds_are_refused(seed, error):
+    for f in (lambda: row_generator(seed, 0), lambda: row_noise(seed, [0], (2,)), lambda: row_uniform(seed, [0], 2)):
+        with pytest.raises(error, match="seed"): f()
+
+
+def test_check_int_names_its_bounds():
+    with pytest.raises(ValueError, match=r"steps must be in \[1, 9\], got 10"): check_int(10, "steps", 1, 9)
+    assert check_int(1, "steps", 1, 9) == 1 and check_int(9, "steps", 1, 9) == 9
+
+
+@given(big, st.lists(st.integers(0, 2**40), min_size=1, max_size=6))
+def test_a_row_of_noise_does_not_know_its_neighbours(seed, rows):
+    x, u = row_noise(seed, rows, (3, 4)), row_uniform(seed, rows, 5)
+    for i, r in enumerate(rows):
+        assert torch.equal(x[i], row_noise(seed, [r], (3, 4))[0]) and torch.equal(u[i], row_uniform(seed, [r], 5)[0])
+    assert x.dtype == torch.float32 and u.dtype == torch.float64 and (u >= 0).all() and (u < 1).all()
+
+
+def test_noise_is_normal_and_uniform_numbers_are_uniform():
+    assert stats.kstest(row_noise(0, range(400), (50,)).flatten().numpy(), "norm").pvalue > 1e-3
+    u = row_uniform(0, range(400), 50)
+    assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert stats.kstest(u[:, 0].numpy(), "uniform").pvalue > 1e-3   # across rows too
+
+
+def test_no_rows():
+    assert row_noise(0, [], (3, 4, 4)).shape == (0, 3, 4, 4) and row_uniform(0, range(0), 3).shape == (0, 3)
+
+
+def test_the_global_generators_are_left_alone():
+    torch.manual_seed(5), np.random.seed(5)  # noqa: NPY002
+    state, old = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    row_noise(0, range(4), (3,)), row_uniform(0, range(4), 3)
+    assert torch.equal(state, torch.get_rng_state()) and (old == np.random.get_state()[1]).all()  # noqa: NPY002
+
+
+# ---------------------------------------------------------------- images
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    plt.close("all")
+    yield
+    plt.close("all")
+
+
+def images(n=9, s=16): return row_noise(1, range(n), (3, s, s)).tanh()
+
+
+@pytest.mark.parametrize("bad,error,word", [
+    (images().numpy(), TypeError, "ndarray"), (None, TypeError, "NoneType"), ([1], TypeError, "list"),
+    (images()[0], ValueError, "shape"), (images()[:, :1], ValueError, "shape"), (images()[:, :, :8], ValueError, "shape"),
+    (images().permute(0, 2, 3, 1), ValueError, "shape"), ((images()*127.5 + 127.5).byte(), TypeError, "x/127.5 - 1"),
+    (images() > 0, TypeError, "floating"), (images().long(), TypeError, "floating"), (images()*127.5 + 127.5, ValueError, "x/127.5 - 1"),
+    ((images() + 1)/2, ValueError, r"2\*x - 1"), (images()*3, ValueError, r"\[-1,1\]"), (images() - 1, ValueError, r"\[-1,1\]")])
+def test_wrong_images_are_refused(bad, error, word):
+    with pytest.raises(error, match=word): check_images(bad)
+
+
+def test_wrong_size_is_refused():
+    with pytest.raises(ValueError, match="32x32.*16x16"): check_images(images(), 32)
+
+
+@pytest.mark.parametrize("x", [images(), images().double(), images().half(), images().bfloat16(), images()[:0], 1.2*images(),
+                               torch.full((9, 3, 16, 16), -1.), torch.ones(9, 3, 16, 16), torch.zeros(9, 3, 16, 16)])
+def test_right_images_pass(x): assert check_images(x) is x
+
+
+def test_a_few_pale_images_only_warn():
+    with pytest.warns(UserWarning, match="2\\*x - 1"): check_images((images(3) + 1)/2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_images(images(3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_left_to_the_ruler(value):
+    x = images()
+    x[3, 1, 2, 2] = value
+    assert check_images(x) is x
+
+
+@given(st.floats(-3, 3, width=32))
+def test_8_bits(v):
+    x = torch.full((1, 3, 2, 2), v)
+    y = to_8bit(x)
+    assert torch.equal(to_8bit(y), y) and y.dtype == x.dtype and y.abs().max() <= 1
+    assert (y - x.clamp(-1, 1)).abs().max() <= 1/255 + 1e-6
+
+
+def test_8_bits_are_those_of_a_stored_image():
+    level = torch.arange(256.)
+    assert torch.equal(((to_8bit(level/127.5 - 1) + 1)*127.5).round(), level) and len(to_8bit(torch.linspace(-1, 1, 9999)).unique()) == 256
+
+
+def test_a_device_that_is_there(): torch.zeros(1, device=default_device())
+
+
+# ---------------------------------------------------------------- figures
+
+@pytest.mark.parametrize("n,cols,shape", [(0, 8, (1, 1)), (1, 8, (1, 1)), (8, 8, (1, 8)), (9, 8, (2, 8)), (5, 2, (3, 2))])
+def test_show(n, cols, shape):
+    fig = show(images(n), cols=cols, titles=[f"t{i}" for i in range(min(n, 3))])
+    assert isinstance(fig, Figure) and len(fig.axes) == shape[0]*shape[1] and not plt.get_fignums()
+    assert sum(len(ax.images) for ax in fig.axes) == n
+    assert [ax.get_title() for ax in fig.axes][:min(n, 3)] == [f"t{i}" for i in range(min(n, 3))]
+
+
+def test_show_draws_what_it_is_given():
+    x = images(1)
+    drawn = show(x).axes[0].images[0].get_array()
+    assert np.allclose(drawn, (x[0].permute(1, 2, 0).numpy() + 1)/2)
+
+
+def test_show_takes_what_networks_give():
+    for x in (1.3*images(2), images(2).half(), images(2).requires_grad_(), images(2).bfloat16()): assert isinstance(show(x), Figure)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2., True])
+def test_show_refuses_columns(bad):
+    with pytest.raises((TypeError, ValueError), match="cols"): show(images(2), cols=bad)
+
+
+@pytest.mark.parametrize("a,b,said", [
+    ([], [], "0 of 0"), ([math.nan]*3, [1., 2, 3], "0 of 3"), ([.1, .2, math.inf], [.1, math.nan, .3], "1 of 3"),
+    ([0., 0], [0., 0], "2 of 2")])
+def test_plot_rule_counts_what_it_leaves_out(a, b, said):
+    fig = plot_rule(torch.tensor(a), torch.tensor(b), floor=(torch.tensor([.1, .2]), torch.tensor([.1, .2])))
+    texts = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+    assert texts == ["real, 2 of 2", f"model, {said}"] and not plt.get_fignums()
+    assert plot_rule(torch.tensor(a), torch.tensor(b), title="x").axes[0].get_title() == "x"
+
+
+def test_plot_rule_draws_into_given_axes():
+    fig, ax = plt.subplots()
+    plt.close(fig)
+    assert plot_rule(torch.rand(5), torch.rand(5), ax=ax, colour="guided", label="guided") is fig and len(ax.collections) == 1
+    with pytest.raises(KeyError): plot_rule(torch.rand(5), torch.rand(5), colour="pink")
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5, 20])
+def test_plot_panels(n):
+    sides = torch.full((n,), math.nan), torch.full((n,), math.nan)
+    p = Panel("w", images(n), sides, (torch.rand(4), torch.rand(4)))
+    fig = plot_panels([p, p])
+    assert isinstance(fig, Figure) and len(fig.axes) == 4 and not plt.get_fignums()
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 6, 16])
+def test_mosaic_shows_every_image(n):
+    "A white image per cell: as many white pixels as the images have."
+    m = mosaic(torch.ones(n, 3, 16, 16))
+    assert (m == 1).all(0).sum() == n*256
+
+
+def test_to_numpy():
+    x = torch.rand(3, requires_grad=True)
+    assert isinstance(to_numpy(x), np.ndarray) and (to_numpy([1, 2]) == [1, 2]).all()
+
+
+def test_colours_differ(): assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+# ---------------------------------------------------------------- sliders, bars, exercises
+
+def test_under_test_every_value_is_called(monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    seen = []
+    explore(lambda a, b: seen.append((a, b)), a=[1, 2, 3], b=(True, False))
+    assert seen == [(1, True), (2, True), (3, True), (1, True), (1, False)]
+
+
+def test_under_test_a_broken_value_is_noticed(monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    with pytest.raises(ZeroDivisionError): explore(lambda a: 1/a, a=[1, 2, 0])
+
+
+@pytest.mark.parametrize("values", [{}, dict(a="abc"), dict(a=[]), dict(a=[1], b=()), dict(a="")])
+def test_explore_refuses(values, monkeypatch):
+    for on in ("", "1"):
+        monkeypatch.setenv("IN_TEST", on)
+        with pytest.raises(ValueError): explore(lambda **kw: None, **values)
+
+
+def test_sliders_start_at_the_first_value_and_call_back(monkeypatch):
+    import IPython.display
+    import ipywidgets
+    monkeypatch.delenv("IN_TEST", raising=False)
+    shown, seen = [], []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    explore(lambda scale, k: seen.append((scale, k)), scale=[2., 0., 4.], k=["x", "y"])
+    box = [v for v in shown if isinstance(v, ipywidgets.VBox)][0]
+    sliders = [c for c in box.children if isinstance(c, ipywidgets.SelectionSlider)]
+    assert seen == [(2., "x")] and [s.description for s in sliders] == ["scale", "k"] and sliders[0].options == (2., 0., 4.)
+    sliders[0].value = 4.
+    assert seen[-1] == (4., "x")
+
+
+@pytest.mark.parametrize("in_test", ["", "1"])
+def test_progress_hands_every_item_on(in_test, monkeypatch, capsys):
+    monkeypatch.setenv("IN_TEST", in_test)
+    assert list(progress(iter(range(5)), 5, "go", note=str)) == list(range(5)) and not list(progress([]))
+    out, err = capsys.readouterr()
+    assert not out and (not err or not in_test)
+
+
+def test_progress_can_be_left(monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    done = []
+
+    def steps():
+        try: yield from range(5)
+        finally: done.append(True)
+    for s in (p := progress(steps())):
+        if s == 2: break
+    p.close()
+    assert s == 2
+
+
+def even(x): assert x % 2 == 0, "must be even"
+
+
+@pytest.mark.parametrize("check,decoys", [(even, []), (even, [1, 2]), (lambda x: None, [1]), (lambda x: x > 0, [-1])])
+def test_a_toothless_check_is_refused(check, decoys):
+    with pytest.raises(ValueError, match="twice"): Exercise("twice", check, decoys)
+
+
+def stub(): raise NotImplementedError
+
+
+def test_exercise():
+    e = Exercise("twice", lambda f: even(f()), [lambda: 1, lambda: 3])
+    assert e(None) == e(stub) == "twice: not attempted yet" and e(lambda: 4) == "twice: passed"
+    with pytest.raises(AssertionError, match="must be even"): e(lambda: 5)
+    with pytest.raises(ZeroDivisionError): e(lambda: 1/0)
+
+
+def test_a_decoy_that_crashes_is_no_decoy():
+    with pytest.raises(ZeroDivisionError): Exercise("twice", lambda f: even(f()), [lambda: 1/0])
+
+
+def test_names_exported_exist(): assert all(hasattr(core, k) for k in core.__all__)
