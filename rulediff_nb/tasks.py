@@ -327,7 +327,7 @@ class SunShadow(Task):
         "Turn the shadow round."
         return f._replace(side=-f.side)
 
-# %% ../nbs/01_tasks.ipynb #6c1daa15
+# %% ../nbs/01_tasks.ipynb #6edc0832
 class BarFactors(NamedTuple):
     "What draws two bars; canvas side 1, y up."
     l1:Tensor  # (n,) left edge of the warm bar
@@ -408,7 +408,7 @@ class Perspective(Task):
         "Swap the heights."
         return f._replace(h1=f.h2, h2=f.h1)
 
-# %% ../nbs/01_tasks.ipynb #de1862cb
+# %% ../nbs/01_tasks.ipynb #30d09fdc
 class CircleFactors(NamedTuple):
     "What draws two discs; canvas side 1, y up."
     r1:Tensor  # (n,) radius of the warm disc
@@ -498,7 +498,7 @@ class TwoCircles(Task):
         "Swap the radii."
         return self._tangent(f._replace(r1=f.r2, r2=f.r1), f.r1 + f.r2)
 
-# %% ../nbs/01_tasks.ipynb #87f48cf6
+# %% ../nbs/01_tasks.ipynb #2ee635e0
 class SquareFactors(NamedTuple):
     "What draws two squares; canvas side 1, y up."
     l1:Tensor  # (n,) side of the warm square
@@ -533,7 +533,7 @@ class TwoSquares(Task):
         f:SquareFactors, # n factors
     )->Tensor:           # (n,) bool
         "Each square in its half of the canvas."
-        def fits(x, y, s, lo): return ((x - .5).abs() <= .5 - s/2) & (y - s/2 >= lo - 1e-9) & (y + s/2 <= lo + .5 + 1e-9)
+        def fits(x, y, s, lo): return ((x - .5).abs() <= .5 - s/2 + 1e-6) & (y - s/2 >= lo - 1e-6) & (y + s/2 <= lo + .5 + 1e-6)
         return fits(f.x1, f.y1, f.l1, .5) & fits(f.x2, f.y2, f.l2, 0.) & (f.l2 > 0)
 
     def shapes(self,
@@ -579,7 +579,7 @@ class TwoSquares(Task):
         (x1, y1), (x2, y2) = square(f.x1, f.y1, f.l2, .5), square(f.x2, f.y2, f.l1, 0.)
         return f._replace(l1=f.l2, l2=f.l1, x1=x1, y1=y1, x2=x2, y2=y2)
 
-# %% ../nbs/01_tasks.ipynb #bcc2308e
+# %% ../nbs/01_tasks.ipynb #2c8113ea
 TASKS = {t.name: t for t in (SunShadow(), SunShadow(heights='free'), Perspective(), TwoCircles(), TwoSquares())}
 
 def get_task(
