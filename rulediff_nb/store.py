@@ -91,8 +91,10 @@ def save_release(
     tensors:dict[str,Tensor], # weights; floating ones are stored as float16
     manifest:dict,            # JSON-ready, without NaN; `sha256` and `bytes` are added
 )->dict:                      # the manifest as written
-    "Write NAME.safetensors and NAME.json."
+    "Write NAME.safetensors and NAME.json; StoreError for weights that half precision cannot hold."
     half = {k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.detach().cpu() for k, v in tensors.items()}
+    bad = [k for k, v in half.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad: raise StoreError(f"{bad} cannot be stored in half precision: not finite there")
     blob = save(half, metadata=dict(format='pt'))
     text = json.dumps(dict(manifest, sha256=sha256(blob), bytes=len(blob)), indent=1, allow_nan=False) + '\n'
     write_atomic(Path(folder)/f'{name}.safetensors', blob)
