@@ -7,9 +7,10 @@ Docs: https://rulediff.github.io/rulediff_nb/features.html.md"""
 # %% auto #0
 __all__ = ['NOISE', 'COLOUR', 'WHITE', 'SLACK', 'BLUR', 'PLACE', 'SMEAR', 'REASONS', 'LEFT', 'OFF', 'FAINT', 'rect_slopes',
            'disc_slopes', 'Layout', 'layout', 'Boxes', 'first_boxes', 'shape_slopes', 'first_theta', 'neighbours',
-           'Scene', 'scene', 'fit_scene', 'leftover', 'verdict', 'features_type', 'with_gradient']
+           'Scene', 'scene', 'fit_scene', 'leftover', 'verdict', 'features_type', 'with_gradient', 'one_thread']
 
-# %% ../nbs/02_features.ipynb #4be80ee6
+# %% ../nbs/02_features.ipynb #a2929f83
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from .core import check_images
 from .tasks import (PALETTE, PURE, Disc, Perspective, Rect, SunShadow, Task, TwoCircles, TwoSquares, hsv_to_rgb,
     overlap, quadrant_area)
 
-# %% ../nbs/02_features.ipynb #2bdbad6d
+# %% ../nbs/02_features.ipynb #fbe586b6
 def rect_slopes(
     rect:Rect,      # n rectangles
     size:int,       # pixels per side
@@ -37,7 +38,7 @@ def rect_slopes(
     slopes = torch.cat([high[:, None, :, None]*dx[:, :, None, :], dy[..., None]*wide[:, None, None, :]], 1)
     return high[:, :, None]*wide[:, None, :], slopes
 
-# %% ../nbs/02_features.ipynb #b00e9e71
+# %% ../nbs/02_features.ipynb #e9198f18
 def _chord(
     u:Tensor, # in radii
     v:Tensor, # in radii, broadcasts with `u`
@@ -60,7 +61,7 @@ def disc_slopes(
     cells = fields.diff(dim=2).diff(dim=3).flip(2)
     return cells[:, 0].clamp(0, 1), cells[:, 1:]
 
-# %% ../nbs/02_features.ipynb #b8f4a1cf
+# %% ../nbs/02_features.ipynb #f1767cef
 def _vector(
     shapes, # a task's shapes
 )->Tensor:  # (n,m) their parameters side by side
@@ -99,7 +100,7 @@ def fitted(self:SunShadow)->tuple: # names
     "All but `side`: the fit lets the shadow's length be negative instead."
     return 'l2', 'h2', 'sun_x', 'sun_y', 'pole_x', 'foot_y'
 
-# %% ../nbs/02_features.ipynb #96ddd6dd
+# %% ../nbs/02_features.ipynb #9b79d022
 @patch
 def least(self:Task)->dict: # {field: px}
     "Smallest lengths that can be told from nothing, and from a paler colour where colours are unknown; in pixels."
@@ -125,7 +126,7 @@ def least(self:TwoSquares)->dict: # {field: px}
     "Two pixels, as for a bar."
     return dict(l1=2.01, l2=2.01)
 
-# %% ../nbs/02_features.ipynb #c08bb79f
+# %% ../nbs/02_features.ipynb #b65f8198
 class Layout(NamedTuple):
     "What the fit must know about a task."
     names:tuple[str,...]  # fields of `Factors` that are fitted
@@ -155,7 +156,7 @@ def layout(
     return Layout(names, values.mean(0), values.std(0), tuple(type(s) for s in shapes), torch.tensor([k for k, _ in fields]),
                   slack, ink, task.palette == 'pure', tuple(k == task.length or k in task.least() for k in names))
 
-# %% ../nbs/02_features.ipynb #4b3420c8
+# %% ../nbs/02_features.ipynb #b71320d5
 @patch
 def labels(self:Task,
     d:Tensor, # (n,3,s,s) absorption
@@ -176,7 +177,7 @@ def labels(self:SunShadow,
     y = torch.arange(self.size, device=d.device).flip(0)[:, None]
     return torch.stack([warm, ~warm & (y >= .1*self.size), ~warm & (y + 1 <= .1*self.size)], 1)
 
-# %% ../nbs/02_features.ipynb #4e5aa786
+# %% ../nbs/02_features.ipynb #ee443702
 class Boxes(NamedTuple):
     "First reading of k objects per image, canvas side 1."
     edges:Tensor # (n,k,4) x0, x1, y0, y1
@@ -215,7 +216,7 @@ def first_boxes(
     round_ = torch.tensor([k is Disc for k in lay.kinds], device=d.device)
     return Boxes(edges, touch & round_[:, None], peak)
 
-# %% ../nbs/02_features.ipynb #6e7f4a51
+# %% ../nbs/02_features.ipynb #1368cc3f
 @patch
 def start(self:Task,
     lay:Layout,  # of this task
@@ -283,7 +284,7 @@ def first_theta(
         theta = theta + torch.linalg.solve(h, g)
     return theta
 
-# %% ../nbs/02_features.ipynb #dd7940ce
+# %% ../nbs/02_features.ipynb #d34c2576
 def neighbours(
     x:Tensor, # (...,s,s)
 )->Tensor:    # the same shape
@@ -292,7 +293,7 @@ def neighbours(
     q = pad(flat, (1, 1, 1, 1), mode='replicate')
     return (q[..., 1:-1, 2:] + q[..., 1:-1, :-2] + q[..., 2:, 1:-1] + q[..., :-2, 1:-1] - 4*flat).view_as(x)
 
-# %% ../nbs/02_features.ipynb #af6302bd
+# %% ../nbs/02_features.ipynb #02bdd015
 NOISE, COLOUR, WHITE = .01, .01, .03 # standard deviations: pixel, known colour, background
 SLACK, BLUR, PLACE = .15, .03, 1.    # of slack (px), blur, place of things that never move (px)
 
@@ -345,7 +346,7 @@ def _prior(
     ties = torch.cat([fixed, torch.full((q,), (NOISE*task.size/SLACK)**2), torch.full((1,), (NOISE/BLUR)**2), ink.flatten()])
     return mean, ties.double()
 
-# %% ../nbs/02_features.ipynb #39e88f0d
+# %% ../nbs/02_features.ipynb #a086fbe0
 def _normal(
     cover:Tensor,  # (n,k,s,s) coverage, the background's too
     slopes:Tensor, # (n,m,s,s) its slopes
@@ -404,7 +405,7 @@ def scene(
     cost = left.flatten(1).double().square().sum(1) + (ties*gap*gap).sum(1) + pull*out.square().sum(1)
     return Scene(ink, 1 - sharp[:, -1], left, t.transpose(1, 2) @ h @ t + torch.diag(ties), (g[:, None] @ t)[:, 0] + ties*gap, cost)
 
-# %% ../nbs/02_features.ipynb #974b974d
+# %% ../nbs/02_features.ipynb #c7bc9515
 SMEAR = (1., 1., .5, .25, .1) + (.02,)*6 # width of an edge per step, px
 
 def _keep_sign(
@@ -454,7 +455,7 @@ def _fit(
     theta = first_theta(task, lay, boxes)
     return boxes, *fit_scene(task, lay, d, torch.cat([theta, theta.new_zeros(len(theta), len(lay.slack) + 1)], 1))
 
-# %% ../nbs/02_features.ipynb #cdb60965
+# %% ../nbs/02_features.ipynb #1ab0dc4f
 REASONS = ('read', 'not finite', 'an object is missing', 'something else is there', 'misshapen or out of place', 'too small to tell')
 LEFT, OFF, FAINT = .06, .5, .15 # gates: coherent leftover per contrast; slack, and place, in px; weakest absorption
 
@@ -504,7 +505,7 @@ def verdict(
     for code, bad in zip((5, 4, 3, 2, 1), tests): why[bad] = code
     return why
 
-# %% ../nbs/02_features.ipynb #516a925e
+# %% ../nbs/02_features.ipynb #4586fdd2
 @patch
 def finish(self:Task,
     f:NamedTuple, # n factors as fitted
@@ -557,14 +558,23 @@ def _read(
     own = error[:, lay.names.index(task.length)] if task.length in lay.names else error.amax(1)
     return features_type(task.Factors)(*(v.to(d.dtype) for v in f), why == 0, why, leftover(sc.left, sc.cover, sc.ink[:, :-1]), own.to(d.dtype))
 
+@contextmanager
+def one_thread():
+    "Many small matrices gain nothing from several threads, and on a busy machine lose a lot: one, for as long as this lasts."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 @patch
 def features(self:Task,
     x:Tensor,        # (n,3,size,size) in [-1,1]
     chunk:int=2**18, # pixels fitted at once, which bounds the memory
 )->NamedTuple:       # fields of `Factors`, and readable, why, leftover, error
-    "Read geometry and colours off images; see `REASONS` for what is refused."
+    "Read geometry and colours off images; see `REASONS` for what is refused. Bad input raises what `check_images` raises."
     check_images(x, self.size)
-    step = max(chunk//self.size**2, 1)
     if not len(x): return features_type(self.Factors)(*(v[:0] for v in _read(self, x.new_ones(1, *x.shape[1:]))))
-    parts = [_read(self, x[i:i + step]) for i in range(0, len(x), step)]
-    return parts[0] if len(parts) == 1 else type(parts[0])(*(torch.cat(v) for v in zip(*parts)))
+    home = x.to('cpu') if x.device.type == 'mps' else x   # no float64 there
+    step = max(chunk//self.size**2, 1)
+    with one_thread(): parts = [_read(self, home[i:i + step]) for i in range(0, len(x), step)]
+    return type(parts[0])(*(torch.cat(v).to(x.device) for v in zip(*parts)))
