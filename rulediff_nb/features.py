@@ -9,7 +9,8 @@ __all__ = ['NOISE', 'COLOUR', 'WHITE', 'SLACK', 'BLUR', 'PLACE', 'SMEAR', 'REASO
            'disc_slopes', 'Layout', 'layout', 'Boxes', 'first_boxes', 'shape_slopes', 'first_theta', 'neighbours',
            'Scene', 'scene', 'fit_scene', 'leftover', 'verdict', 'features_type', 'with_gradient', 'one_thread']
 
-# %% ../nbs/02_features.ipynb #a2929f83
+# %% ../nbs/02_features.ipynb #7648f274
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -556,10 +557,11 @@ def _read(
     if x.requires_grad and torch.is_grad_enabled(): z, ink = with_gradient(task, lay, safe, z)
     f = task.finish(_factors(task, lay, z[:, :len(lay.names)])._replace(rgb=1 - ink[:, :-1]))
     own = error[:, lay.names.index(task.length)] if task.length in lay.names else error.amax(1)
-    return features_type(task.Factors)(*(v.to(d.dtype) for v in f), why == 0, why, leftover(sc.left, sc.cover, sc.ink[:, :-1]), own.to(d.dtype))
+    rest = leftover(sc.left, sc.cover, sc.ink[:, :-1])
+    return features_type(task.Factors)(*(v.to(d.dtype) for v in f), why == 0, why, rest, own.to(d.dtype))
 
 @contextmanager
-def one_thread():
+def one_thread()->Iterator[None]: # a context
     "Many small matrices gain nothing from several threads, and on a busy machine lose a lot: one, for as long as this lasts."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
