@@ -1,0 +1,33 @@
+"What rows of their own cost: one generator per row against one call of torch.randn. Below 1 means slower."
+import torch
+
+from rulediff_nb.core import row_noise
+from rulediff_nb.tasks import get_task
+from rulediff_nb.train import draw_batch
+from rulediff_nb.unet import unet
+
+SHAPE = 64, 3, 32, 32
+
+
+def bench_noise():
+    torch.set_num_threads(1)
+    return f"noise for {SHAPE[0]} images: torch.randn -> one Philox generator per row", lambda: torch.randn(SHAPE), lambda: (
+        row_noise(0, range(SHAPE[0]), SHAPE[1:]))
+
+
+def bench_noise_in_a_step():
+    "The same beside one call of the laptop network: what share of a sampling step it is."
+    torch.set_num_threads(1)
+    model = unet("laptop", get_task("two_circles", palette="pure")).eval()
+    x, t = torch.randn(SHAPE), torch.full((SHAPE[0],), 500)
+
+    def step(noise):
+        with torch.no_grad(): return model.predict(x, t) + noise()
+    return "one network call with fresh noise: torch.randn -> per row", lambda: step(lambda: torch.randn(SHAPE)), lambda: step(
+        lambda: row_noise(0, range(SHAPE[0]), SHAPE[1:]))
+
+
+def bench_training_batch():
+    def plain(): return torch.randint(2000, (32,)), torch.randint(1000, (32,)), torch.randn(32, *SHAPE[1:])
+    return "a training batch of 32: torch's global generator -> a function of (seed, step)", plain, lambda: (
+        draw_batch(0, 1, 2000, 32, 1000, SHAPE[1:]))
