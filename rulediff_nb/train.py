@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/train.html.md"""
 
 # %% auto #0
 __all__ = ['Batch', 'draw_batch', 'Step', 'Run', 'check_set', 'fit', 'run_meta', 'save_run', 'load_run', 'provenance',
-           'train_steps', 'train']
+           'train_steps', 'train', 'run_weights']
 
 # %% ../nbs/07_train.ipynb #e4a7d63b
 import math, platform, subprocess, time
@@ -190,11 +190,12 @@ def train_steps(
     steps:int=2000, # length of the whole run
     seed:int=0,     # of batches, noise levels and noise
     every:float=60., # seconds between checkpoints
+    remarks:dict|None=None, # JSON-ready, stored with the checkpoint
 )->Iterator[Step]:  # one per step
     "`fit` with checkpoints: resumes, and saves at intervals, at the end and when interrupted."
     check_set(model, x0)
     run, path = Run(model.train(), steps, seed), Path(folder)/'checkpoint.safetensors'
-    extra = dict(provenance(), images_in_set=len(x0), images_sha256=content_hash(dict(x0=x0), {}), seconds=0.)
+    extra = dict(provenance(), **remarks or {}, images_in_set=len(x0), images_sha256=content_hash(dict(x0=x0), {}), seconds=0.)
     if path.exists():
         meta = load_run(run, path)
         if meta['images_sha256'] != extra['images_sha256']:
@@ -219,3 +220,11 @@ def train(
     "Run `fit` to its end."
     for _ in fit(model, x0, steps, seed): pass
     return model
+
+def run_weights(
+    folder:str|Path, # of a run
+)->tuple[dict[str,Tensor],dict]: # averaged weights, and the checkpoint's description
+    "The weights that a finished run leaves; StoreError for a run that is not finished."
+    tensors, meta = load_tensors(Path(folder)/'checkpoint.safetensors')
+    if meta['step'] != meta['steps']: raise StoreError(f"{folder} is partial, {meta['step']} of {meta['steps']} steps: finish it first")
+    return {k[6:]: tensors.get(f'ema.{k[6:]}', v) for k, v in tensors.items() if k.startswith('model.')}, meta
