@@ -6,8 +6,9 @@ Docs: https://rulediff.github.io/rulediff_nb/features.html.md"""
 
 # %% auto #0
 __all__ = ['NOISE', 'COLOUR', 'WHITE', 'SLACK', 'BLUR', 'PLACE', 'SMEAR', 'REASONS', 'LEFT', 'OFF', 'FAINT', 'rect_slopes',
-           'disc_slopes', 'Layout', 'layout', 'Boxes', 'first_boxes', 'shape_slopes', 'first_theta', 'neighbours',
-           'Scene', 'scene', 'fit_scene', 'leftover', 'verdict', 'features_type', 'with_gradient', 'one_thread']
+           'Oval', 'oval_slopes', 'Layout', 'layout', 'Boxes', 'first_boxes', 'shape_slopes', 'first_theta',
+           'neighbours', 'Scene', 'scene', 'fit_scene', 'leftover', 'verdict', 'features_type', 'with_gradient',
+           'one_thread']
 
 # %% ../nbs/02_features.ipynb #7648f274
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from .core import check_images
-from .tasks import (PALETTE, PURE, Disc, Perspective, Rect, SunShadow, Task, TwoCircles, TwoSquares, hsv_to_rgb,
+from .tasks import (PALETTE, PURE, Perspective, Rect, SunShadow, Task, TwoCircles, TwoSquares, hsv_to_rgb,
     overlap, quadrant_area)
 
 # %% ../nbs/02_features.ipynb #fbe586b6
@@ -48,26 +49,33 @@ def _chord(
     s = (1 - u*u).clamp(min=0).sqrt()
     return torch.maximum(torch.minimum(v, s), -s) + s
 
-def disc_slopes(
-    disc:Disc,      # n discs
+class Oval(NamedTuple):
+    "What a generated disc may really be; canvas side 1, y up."
+    x:Tensor  # (n,) centre
+    y:Tensor  # (n,) centre
+    rx:Tensor # (n,) half of its width
+    ry:Tensor # (n,) half of its height
+
+def oval_slopes(
+    oval:Oval,      # n ovals
     size:int,       # pixels per side
-    smear:float=0., # not used: a disc has no edge along the pixels
-)->tuple[Tensor,Tensor]: # coverage (n,size,size), and its slopes (n,3,size,size) in x, y, r
-    "Coverage of a disc and its derivative in centre and radius, per canvas side."
-    r = disc.r.clamp(min=1e-4)[:, None, None]
-    edge = torch.arange(size + 1, device=r.device, dtype=r.dtype)/size
-    u, v = (edge - disc.x[:, None])[:, None, :]/r, (edge - disc.y[:, None])[:, :, None]/r
-    area, fx, fy = quadrant_area(u, v), _chord(u, v), _chord(v, u)
-    fields = torch.stack([r*area, -fx, -fy, 2*area - u*fx - v*fy], 1)*(r*size**2)[:, None]
+    smear:float=0., # not used: an oval has no edge along the pixels
+)->tuple[Tensor,Tensor]: # coverage (n,size,size), and its slopes (n,4,size,size) in x, y, rx, ry
+    "Coverage of an oval and its derivative in centre and half axes, per canvas side."
+    rx, ry = (v.clamp(min=1e-4)[:, None, None] for v in (oval.rx, oval.ry))
+    edge = torch.arange(size + 1, device=rx.device, dtype=rx.dtype)/size
+    u, v = (edge - oval.x[:, None])[:, None, :]/rx, (edge - oval.y[:, None])[:, :, None]/ry
+    area, fu, fv = quadrant_area(u, v), _chord(u, v), _chord(v, u)
+    fields = torch.stack([rx*ry*area, -ry*fu, -rx*fv, ry*(area - u*fu), rx*(area - v*fv)], 1)*size**2
     cells = fields.diff(dim=2).diff(dim=3).flip(2)
     return cells[:, 0].clamp(0, 1), cells[:, 1:]
 
-# %% ../nbs/02_features.ipynb #f1767cef
+# %% ../nbs/02_features.ipynb #2a078b28
 def _vector(
     shapes, # a task's shapes
 )->Tensor:  # (n,m) their parameters side by side
-    "All shape parameters as columns."
-    return torch.stack([v for s in shapes for v in s], 1)
+    "All shape parameters as columns, four per object; a disc is an oval with equal axes."
+    return torch.stack([v for s in shapes for v in (s if isinstance(s, Rect) else Oval(s.x, s.y, s.r, s.r))], 1)
 
 @patch
 def slack(self:Task)->tuple: # of (object, {shape field: weight})
@@ -76,13 +84,18 @@ def slack(self:Task)->tuple: # of (object, {shape field: weight})
 
 @patch
 def slack(self:SunShadow)->tuple: # of (object, {shape field: weight})
-    "Radius of the sun, width of the pole, thickness of the shadow."
-    return (0, dict(r=1.)), (1, dict(x0=-.5, x1=.5)), (2, dict(y0=-1.))
+    "Radius and ovalness of the sun, width of the pole, thickness of the shadow."
+    return (0, dict(rx=1., ry=1.)), (0, dict(rx=.75, ry=-.75)), (1, dict(x0=-.5, x1=.5)), (2, dict(y0=-1.))
 
 @patch
 def slack(self:Perspective)->tuple: # of (object, {shape field: weight})
     "Width of each bar, to the right: l1 and l2 are left edges."
     return (0, dict(x1=1.)), (1, dict(x1=1.))
+
+@patch
+def slack(self:TwoCircles)->tuple: # of (object, {shape field: weight})
+    "Ovalness of each disc; the radius is the mean of its half axes."
+    return tuple((k, dict(rx=.75, ry=-.75)) for k in (0, 1))
 
 @patch
 def slack(self:TwoSquares)->tuple: # of (object, {shape field: weight})
@@ -133,7 +146,7 @@ class Layout(NamedTuple):
     names:tuple[str,...]  # fields of `Factors` that are fitted
     start:Tensor          # (p,) their mean over drawn scenes
     spread:Tensor         # (p,) their standard deviation
-    kinds:tuple[type,...] # `Rect` or `Disc` per object
+    kinds:tuple[type,...] # `Rect` or `Oval` per object
     owner:Tensor          # (m,) int64: which object each shape parameter belongs to
     slack:Tensor          # (q,m): how each freedom beyond the task moves the shape parameters
     ink:Tensor            # (k+1,3) expected absorption 1 - rgb, the background's last
@@ -147,15 +160,16 @@ def layout(
     "Collect what the fit must know, from 256 drawn scenes."
     f, names = task.factors(256, 0), task.fitted()
     shapes = task.shapes(f)
-    fields = [(k, name) for k, s in enumerate(shapes) for name in s._fields]
+    kinds = tuple(Rect if isinstance(s, Rect) else Oval for s in shapes)
+    fields = [(k, name) for k, kind in enumerate(kinds) for name in kind._fields]
     values = torch.stack([getattr(f, k) for k in names], 1).double()
     slack = torch.zeros(len(task.slack()), len(fields), dtype=torch.float64)
     for i, (k, moves) in enumerate(task.slack()):
         for name, w in moves.items(): slack[i, fields.index((k, name))] = w
     hsv = PURE if task.palette == 'pure' else {k: [sum(c)/2 for c in v] for k, v in PALETTE.items()}
     ink = 1 - hsv_to_rgb(torch.tensor([*(hsv[c] for c in task.colours), (0, 0, 255)], dtype=torch.float64))
-    return Layout(names, values.mean(0), values.std(0), tuple(type(s) for s in shapes), torch.tensor([k for k, _ in fields]),
-                  slack, ink, task.palette == 'pure', tuple(k == task.length or k in task.least() for k in names))
+    return Layout(names, values.mean(0), values.std(0), kinds, torch.tensor([k for k, _ in fields]), slack, ink,
+                  task.palette == 'pure', tuple(k == task.length or k in task.least() for k in names))
 
 # %% ../nbs/02_features.ipynb #b71320d5
 @patch
@@ -214,7 +228,7 @@ def first_boxes(
         w, h = torch.where(w < h, w*share, w), torch.where(w < h, h, h*share)
     edges = torch.stack([x - w/2, x + w/2, y - h/2, y + h/2], -1)
     touch = torch.stack([col[..., 0], col[..., -1], row[..., 0], row[..., -1]], -1) > 0
-    round_ = torch.tensor([k is Disc for k in lay.kinds], device=d.device)
+    round_ = torch.tensor([k is Oval for k in lay.kinds], device=d.device)
     return Boxes(edges, touch & round_[:, None], peak)
 
 # %% ../nbs/02_features.ipynb #1368cc3f
@@ -263,8 +277,8 @@ def _to_edges(
     lay:Layout, # of the task
 )->Tensor:      # (4k,m) float64
     "Matrix from shape parameters to the edges of all bounding boxes."
-    disc = torch.tensor([[1., 0, -1], [1, 0, 1], [0, 1, -1], [0, 1, 1]], dtype=torch.float64)
-    return torch.block_diag(*[disc if k is Disc else torch.eye(4, dtype=torch.float64) for k in lay.kinds])
+    oval = torch.tensor([[1., 0, -1, 0], [1, 0, 1, 0], [0, 1, 0, -1], [0, 1, 0, 1]], dtype=torch.float64)
+    return torch.block_diag(*[oval if k is Oval else torch.eye(4, dtype=torch.float64) for k in lay.kinds])
 
 def first_theta(
     task:Task,   # the world
@@ -315,12 +329,10 @@ def _draw(
     dtype:torch.dtype, # of the images
 )->tuple[Tensor,Tensor]: # coverages (n,k+1,s,s), slopes (n,m,s,s)
     "Coverage and slopes of all objects; the background covers what is left."
-    s, i, cover, slopes = s.to(dtype), 0, [], []
-    for kind in lay.kinds:
-        shape = kind(*s[:, i:i + len(kind._fields)].unbind(1))
-        c, v = (rect_slopes if kind is Rect else disc_slopes)(shape, task.size, smear)
+    cover, slopes = [], []
+    for kind, part in zip(lay.kinds, s.to(dtype).split(4, 1)):
+        c, v = (rect_slopes if kind is Rect else oval_slopes)(kind(*part.unbind(1)), task.size, smear)
         cover.append(c), slopes.append(v)
-        i += len(kind._fields)
     return torch.stack([*cover, 1 - sum(cover)], 1), torch.cat(slopes, 1)
 
 def _inks(
@@ -456,9 +468,9 @@ def _fit(
     theta = first_theta(task, lay, boxes)
     return boxes, *fit_scene(task, lay, d, torch.cat([theta, theta.new_zeros(len(theta), len(lay.slack) + 1)], 1))
 
-# %% ../nbs/02_features.ipynb #1ab0dc4f
+# %% ../nbs/02_features.ipynb #baf9f66d
 REASONS = ('read', 'not finite', 'an object is missing', 'something else is there', 'misshapen or out of place', 'too small to tell')
-LEFT, OFF, FAINT = .06, .5, .15 # gates: coherent leftover per contrast; slack, and place, in px; weakest absorption
+LEFT, OFF, FAINT = .05, .5, .15 # gates: coherent leftover per contrast; slack, and place, in px; weakest absorption
 
 def leftover(
     left:Tensor,  # (n,3,s,s) residual
@@ -471,7 +483,7 @@ def leftover(
     near = (avg_pool2d(cover[:, None], 3, 1) > .1).expand_as(mean)
     def beyond(where):
         grain = rough.where(where, torch.nan).flatten(1).nanquantile(.8, dim=1).nan_to_num(0.).clamp(max=.06)/1.2
-        return mean.abs().where(where, 0.).amax((1, 2, 3)) - 1.4*grain
+        return mean.abs().where(where, 0.).amax((1, 2, 3)) - 2*grain
     return torch.maximum(beyond(near), beyond(~near)).clamp(min=0)/ink.amax(2).amin(1).clamp(min=FAINT).to(left)
 
 def _errors(

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rulediff_nb.core import row_noise, to_8bit
-from rulediff_nb.features import REASONS, disc_slopes, rect_slopes
+from rulediff_nb.features import REASONS, Oval, oval_slopes, rect_slopes
 from rulediff_nb.tasks import TASKS, Disc, Rect, SunShadow, TwoCircles, disc_coverage, get_task, rect_coverage
 
 names = pytest.mark.parametrize("name", TASKS)
@@ -232,10 +232,15 @@ def test_rect_slopes(v):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.floats(.0, 1.), st.floats(.0, 1.), st.floats(.05, .5))
-def test_disc_slopes(x, y, r):
-    assume(all(map(clear, (x - r, x + r, y - r, y + r))))
-    check_slopes(Disc(*one(x, y, r)), disc_coverage, disc_slopes)
+@given(st.floats(.0, 1.), st.floats(.0, 1.), st.floats(.05, .5), st.floats(.8, 1.2))
+def test_oval_slopes(x, y, r, k):
+    assume(all(map(clear, (x - r, x + r, y - k*r, y + k*r))))
+    check_slopes(Oval(*one(x, y, r, k*r)), lambda v, size: oval_slopes(v, size)[0], oval_slopes)
+
+
+@given(st.floats(.0, 1.), st.floats(.0, 1.), st.floats(.01, .5))
+def test_a_round_oval_is_a_disc(x, y, r):
+    assert torch.allclose(oval_slopes(Oval(*one(x, y, r, r)), 16)[0], disc_coverage(Disc(*one(x, y, r)), 16), atol=1e-9)
 
 
 def check_slopes(shape, cover, slopes, eps=1e-6):
