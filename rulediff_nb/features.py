@@ -100,7 +100,7 @@ def slack(self:TwoCircles)->tuple: # of (object, {shape field: weight})
 @patch
 def slack(self:TwoSquares)->tuple: # of (object, {shape field: weight})
     "Width against height of each square; the side is their mean."
-    return tuple((k, dict(x0=-.25, x1=.25, y0=.25, y1=-.25)) for k in (0, 1))
+    return tuple((k, dict(x0=-.5, x1=.5, y0=.5, y1=-.5)) for k in (0, 1))
 
 @patch
 def fitted(self:Task)->tuple: # names
