@@ -9,8 +9,9 @@ __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'REPORT', 'KEPT', 'LIBRARIES', 'COMMA
            'csv_table', 'check_folder', 'draw', 'measure_model', 'readable_sides', 'demo', 'save_demo', 'train',
            'begin', 'release', 'load_images', 'report', 'doctor', 'main']
 
-# %% ../nbs/90_cli.ipynb #c78739d1
+# %% ../nbs/90_cli.ipynb #0efc8ef9
 import csv, io, os, platform, sys, time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,12 +158,12 @@ def train(
     seed:int=0,            # of training set, initial weights, batches and noise
     out:str='runs',        # folder of the checkpoints
     weights:str='',        # folder for weights and manifest; empty: beside the checkpoint
-    report_n:int=1024,     # images for the manifest's report
+    score:int=1024,     # images for the manifest's report
     start:str='',          # folder of a finished run of the same recipe to go on from; empty: from nothing
 ):
     "Train a model on a world, resuming a checkpoint of the same run, and write weights with a manifest."
     world = get_task(task, palette=palette)
-    check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(report_n, 'report_n', 64)
+    check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(score, 'score', 64)
     x0, _ = world.sample(check_int(n, 'n') or world.paper_n, seed)
     model, remarks, batches = begin(unet(preset, world, seed), seed, start)
     tail = f'-after-{remarks["before"]}' if start else ''
@@ -170,7 +171,7 @@ def train(
     work = train_steps(model.to(default_device()), x0, folder, steps, batches, remarks=remarks)
     for s in progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}'):
         if s.step % 100 == 0: print(f"step {s.step} of {steps}, loss {s.loss:.4f}, {s.images} images, {s.seconds:.0f} s", flush=True)
-    release(folder, weights or folder, dict(REPORT, n=report_n))
+    release(folder, weights or folder, dict(REPORT, n=score))
 
 KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'images_in_set', 'images_sha256', 'seconds',
         'hardware', 'torch', 'diffusers', 'revision')  # what a manifest takes over from the checkpoint
@@ -247,19 +248,27 @@ def _from_npz(
     return x
 
 def report(
-    task:str,           # one of the known worlds
-    images:str,         # a folder of images, or an .npz file
+    task:str='',        # one of the known worlds
+    images:str='',      # a folder of images, or an .npz file
     palette:str='paper', # "pure" if the colours are the fixed ones
     out:str='',         # a .csv file to write; empty: none
 ):
     "Measure a reader's own images with a world's ruler."
+    if not task or not images: raise ValueError('report wants --task and --images, as in: rulediff report --task two_squares --images DIR')
     x = load_images(images)
     r = rule_report(get_task(task, palette=palette, size=x.shape[-1]), x)
     print(r)
     if out: write_atomic(out, csv_table(report_lines(f'{task} {palette}', r, 'images')).encode())
 
-# %% ../nbs/90_cli.ipynb #11081f00
+# %% ../nbs/90_cli.ipynb #0f612737
 LIBRARIES = ('torch', 'numpy', 'diffusers', 'safetensors', 'huggingface_hub', 'fastcore', 'matplotlib', 'ipywidgets')
+
+def _version(
+    name:str, # of a library
+)->str:       # its version, or "missing"
+    "The installed version of a library."
+    try: return version(name)
+    except PackageNotFoundError: return 'missing'
 
 def _weights_state(
     key:str, # name of a release
@@ -273,10 +282,9 @@ def doctor(
     out:str='demo', # folder that results would go to
 ):
     "Say what this machine has: versions, device, write rights, and whether the weights are whole."
-    from importlib.metadata import version
     here = f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores'
     print(f'rulediff_nb {rulediff_nb.__version__}, Python {platform.python_version()}, {here}')
-    for k in LIBRARIES: print(f'{k:16}{version(k)}')
+    for k in LIBRARIES: print(f'{k:16}{_version(k)}')
     print(f'device          {default_device()}, {torch.get_num_threads()} threads')
     try: check_folder(out); print(f'{out:16}can be written')
     except StoreError as e: print(f'{out:16}{e}')
@@ -294,7 +302,7 @@ def main(
         print('usage: rulediff COMMAND [--help]\n\n' + '\n'.join(f'  {k:8}{f.__doc__}' for k, f in COMMANDS.items()))
         return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
     command = COMMANDS[argv[0]]
-    args = vars(anno_parser(command, prog=f'rulediff {argv[0]}', pos=['task']).parse_args(argv[1:]))
+    args = vars(anno_parser(command, prog=f'rulediff {argv[0]}').parse_args(argv[1:]))
     try: command(**{k: v for k, v in args.items() if k not in ('pdb', 'xtra')})
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         print(f'rulediff {argv[0]}: {e}', file=sys.stderr)

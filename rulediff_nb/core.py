@@ -183,10 +183,10 @@ def mosaic(
     cols:int=4, # images per row
     gap:float=-.8, # value of the lines between them
 )->Tensor:      # (3,h,w) one large picture
-    "Put images side by side with a line one pixel wide between them; white fills the last row."
+    "Put images side by side with a line one pixel wide between them; the lines' grey fills the last row."
     x = torch.nn.functional.pad(x.detach().float().cpu().clamp(-1, 1), (0, 1, 0, 1), value=gap)
     fill = -len(x) % cols if len(x) else cols
-    x = torch.cat([x, x.new_ones(fill, *x.shape[1:])])
+    x = torch.cat([x, x.new_full((fill, *x.shape[1:]), gap)])
     rows = [torch.cat(list(r), 2) for r in x.split(cols)]
     return torch.cat(rows, 1)[:, :-1, :-1]
 
