@@ -67,7 +67,7 @@ def _quantile(
     "Linearly interpolated quantile over the rows that are ok."
     v = torch.where(ok, v, math.inf).sort(-1).values
     k = ok.sum(-1, keepdim=True)
-    pos = (q*(k - 1)).clamp(min=0)
+    pos = (q*(k - 1).double()).clamp(min=0)
     lo, hi = v.gather(-1, pos.floor().long()), v.gather(-1, pos.ceil().long())
     out = lo + torch.where(hi > lo, (hi - lo)*(pos - pos.floor()), 0.)
     return torch.where(k > 0, out, math.nan).squeeze(-1)
@@ -260,7 +260,8 @@ def nearest(
 )->Tensor:        # (n,) L2 distance to the nearest training image
     "Distance to the training set."
     t = train.flatten(1).float()
-    return torch.cat([torch.cdist(v.flatten(1).float(), t).amin(1) for v in x.split(chunk)])
+    parts = [v.flatten(1).float() for v in x.split(chunk)]
+    return torch.cat([(v - t[torch.cdist(v, t).argmin(1)]).norm(dim=1) for v in parts])   # cdist finds, the difference measures
 
 def copies(
     task:Task,    # the world
@@ -269,6 +270,7 @@ def copies(
     held_out:int=1024, # fresh real images that set the threshold
 )->Tensor:        # (n,) bool
     "Which images lie closer to the training set than 1 % of held-out real images do."
+    if not len(train): raise ValueError("the training set is empty: without one, leave `train` out")
     fresh = to_8bit(task.sample(held_out, FLOOR_SEED)[0]).to(x.device)
     train = to_8bit(check_images(train, task.size)).to(x.device)
     return nearest(to_8bit(x), train) < nearest(fresh, train).quantile(.01)
