@@ -1,0 +1,412 @@
+"The metrics: every control is seen to fail with a metric that was broken on purpose; statistics against numpy and scipy."
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from rulediff_nb import metrics
+from rulediff_nb.core import to_8bit
+from rulediff_nb.metrics import (
+    FLOOR_SEED,
+    ROWS,
+    Measured,
+    RuleReport,
+    Value,
+    bootstrap,
+    class_distance,
+    copies,
+    coverage,
+    interval,
+    ks_distance,
+    measure,
+    nearest,
+    permuted,
+    real_images,
+    rgb_to_hsv,
+    rule_report,
+    statistics,
+)
+from rulediff_nb.tasks import TASKS, get_task
+
+torch.set_num_threads(1)
+SQ = get_task("two_squares")
+N, DRAWS = 128, 200
+FRESH, FACTORS = SQ.sample(N, 77)
+TRAIN = SQ.sample(300, 3)[0]
+KEYS = {"yield_", "coarse", "rule_error", "floor", "chance", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho",
+        "r2_rule", "coverage", "copies"}
+
+
+def report(x, **kw): return rule_report(SQ, x, **(dict(draws=DRAWS) | kw))
+
+
+def noise(n): return 2*torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+
+
+def longer(by=1.1):
+    "Cool squares drawn larger by a factor, where there is room."
+    room = FACTORS.l2*by < .499
+    f = type(FACTORS)(*(v[room] for v in FACTORS))
+    return SQ.render(SQ.with_dependent(f, by*f.l2))
+
+
+def half_noise(x):
+    y = x.clone()
+    y[::2] = noise(len(y[::2]))
+    return y
+
+
+# ---------------------------------------------------------------- controls: each passes, and fails with a broken metric
+
+def control_real():
+    r = report(FRESH).rows["rule_gap"]
+    assert r.low <= 0 <= r.high and abs(r.value) < .02
+
+
+def control_permuted():
+    f = SQ.features(to_8bit(FRESH))
+    g = SQ.Factors(*permuted(SQ, f)[:len(SQ.Factors._fields)])
+    r = report(SQ.render(g))
+    assert abs(r.rule_gap - 1) < .25 and abs(report(SQ.sample(N, 7, violate="free")[0]).rule_gap - 1) < .3
+    assert r.rows["rule_gap"].chance == pytest.approx(1) and r.rows["rule_gap"].floor == pytest.approx(0) and r.chance > .05
+
+
+def control_bias():
+    r = report(longer())
+    assert abs(r.bias - math.log(1.1)) < .003 and r.spread < .006 and r.coarse == r.yield_ and r.within_5 == 0
+
+
+def control_half():
+    x = longer(1.02)
+    whole, half = report(x), report(half_noise(x))
+    assert abs(half.yield_ - whole.yield_/2) < .02
+    assert half.coarse < .6*whole.coarse and half.within_5 < .6*whole.within_5
+    assert half.rule_gap > whole.rule_gap + .3
+
+
+def control_copies():
+    r = report(torch.cat([TRAIN[:32], FRESH[:96]]), train=TRAIN)
+    assert .25 <= r.copies <= .25 + .1
+
+
+def control_collapse():
+    real, same = report(FRESH), report(FRESH[:1].expand(N, -1, -1, -1))
+    assert real.coverage < real.rows["coverage"].more["real_high"] and same.coverage > 2*same.rows["coverage"].more["real_high"]
+
+
+CONTROLS = dict(real=control_real, permuted=control_permuted, bias=control_bias, half=control_half, copies=control_copies,
+                collapse=control_collapse)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control(name): CONTROLS[name]()
+
+
+def without_unreadable(plain):
+    def f(m, size): return plain(Measured(*(v[..., m.readable] for v in m)) if m.a.ndim == 1 else m, size)
+    return f
+
+
+BROKEN = {  # control -> (name in metrics, what stands there instead), which the control must notice
+    "gap ignores the yield": ("half", "gap", lambda e, y, e0, y0, c: (e - e0)/(c - e0)),
+    "gap without the floor": ("real", "gap", lambda e, y, e0, y0, c: .1 + e/c),
+    "gap is clipped error": ("permuted", "gap", lambda e, y, e0, y0, c: e),
+    "chance is not permuted": ("permuted", "permuted", lambda task, f, seed=0: f),
+    "unreadable rows are dropped": ("half", "statistics", without_unreadable(statistics)),
+    "sides are swapped": ("bias", "measured", lambda task, f, plain=metrics.measured: (
+        lambda m: m._replace(a=m.b, b=m.a))(plain(task, f))),
+    "sides are sorted": ("bias", "measured", lambda task, f, plain=metrics.measured: (
+        lambda m: m._replace(a=torch.maximum(m.a, m.b), b=torch.maximum(m.a, m.b)))(plain(task, f))),
+    "everything is a copy": ("copies", "copies", lambda task, x, train: torch.ones(len(x), dtype=torch.bool)),
+    "nothing is a copy": ("copies", "nearest", lambda x, train: torch.arange(len(x)).float() + 1),
+    "threshold at half": ("copies", "copies", lambda task, x, train: (
+        nearest(to_8bit(x), to_8bit(train)) < nearest(to_8bit(task.sample(200, FLOOR_SEED)[0]), to_8bit(train)).quantile(.5))),
+    "coverage sees nothing": ("collapse", "_distance", lambda name, x, y: torch.zeros(x.shape[:-1])),
+    "coverage without its floor": ("collapse", "_distance", lambda name, x, y: torch.ones(x.shape[:-1])),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_metric_trips_its_control(how, monkeypatch):
+    control, name, other = BROKEN[how]
+    reads = name in ("measured", "permuted")   # what is kept between calls was made with these
+    if reads: real_images.cache_clear()
+    monkeypatch.setattr(metrics, name, other)
+    try:
+        with pytest.raises(AssertionError): CONTROLS[control]()
+    finally:
+        if reads: real_images.cache_clear()
+
+
+# ---------------------------------------------------------------- statistics against numpy and scipy
+
+def made(n=50, seed=0, share=1., extra=()):
+    rng = np.random.default_rng(seed)
+    a, b = np.exp(rng.normal(size=(2, *extra, n)))
+    ok = rng.random((*extra, n)) < share
+    got, want = rng.random((2, *extra, n))
+    t = torch.from_numpy
+    return Measured(t(a), t(b), t(ok & (a < b)), t(got), t(want), t(ok))
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 60), st.integers(0, 10**6), st.floats(.3, 1))
+def test_statistics_agree_with_numpy(n, seed, share):
+    m, s = made(n, seed, share), None
+    ok = m.readable.numpy()
+    if ok.sum() < 2: return
+    s = {k: v.item() for k, v in statistics(m, 32).items()}
+    a, b, px = m.a.numpy()[ok], m.b.numpy()[ok], 32*abs(m.measured - m.predicted).numpy()[ok]
+    log = np.log(b/a)
+    want = dict(yield_=ok.mean(), coarse=m.coarse.numpy().mean(), rule_error=(abs(b - a)/(a + b)).mean(), error_px=np.median(px),
+                error_px_90=np.quantile(px, .9), within_5=(abs(b/a - 1) <= .05).sum()/n, bias=np.median(log),
+                spread=stats.median_abs_deviation(log, scale=1/1.4826), slope=np.polyfit(a, b, 1)[0], rho=np.corrcoef(a, b)[0, 1],
+                r2_rule=1 - ((b - a)**2).sum()/((b - b.mean())**2).sum())
+    assert s.keys() == want.keys()
+    assert all(s[k] == pytest.approx(want[k], rel=1e-6, abs=1e-9) for k in want)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=30), st.floats(0, 1))
+def test_quantiles_agree_with_numpy(values, q):
+    v = torch.tensor([*values, 99.], dtype=torch.float64)
+    ok = torch.tensor([True]*len(values) + [False])
+    assert metrics._quantile(v, ok, q).item() == pytest.approx(np.quantile(values, q), abs=1e-5)
+
+
+def test_resamples_are_computed_like_single_sets():
+    m = made(40, 1, .8, (5,))
+    together = statistics(m, 32)
+    for i in range(5):
+        one = statistics(Measured(*(v[i] for v in m)), 32)
+        assert all(torch.allclose(one[k], together[k][i], equal_nan=True) for k in one)
+
+
+samples = st.lists(st.integers(0, 8), min_size=1, max_size=25)   # with many ties
+
+
+@given(samples, samples)
+def test_ks_agrees_with_scipy(x, y):
+    a, b = torch.tensor(x).double(), torch.tensor(y).double()
+    assert ks_distance(a, b).item() == pytest.approx(stats.ks_2samp(x, y).statistic, abs=1e-6)
+    assert ks_distance(a, b, circular=True) >= ks_distance(a, b) - 1e-6
+
+
+@given(samples, samples, st.integers(0, 8))
+def test_kuiper_does_not_know_where_the_circle_is_cut(x, y, turn):
+    def d(k): return ks_distance(*((torch.tensor(v).double() + k) % 9 for v in (x, y)), circular=True).item()
+    assert d(turn) == pytest.approx(d(0), abs=1e-6)
+
+
+def test_kolmogorov_and_smirnov_do_know():
+    x = torch.linspace(.4, .6, 50).double()
+    def d(k, circular): return ks_distance((x + k) % 1, (x + .5 + k) % 1, circular).item()
+    assert abs(d(0, False) - d(.2, False)) > .4 and d(0, True) == pytest.approx(d(.2, True), abs=1e-6) == pytest.approx(1)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 30), st.integers(0, 30))
+def test_class_distance_agrees_with_scipy(n, m, i, j):
+    i, j = min(i, n), min(j, m)
+    x, y = (torch.cat([torch.ones(k), -torch.ones(t - k)]).double() for k, t in ((i, n), (j, m)))
+    if 0 < i + j < n + m:
+        chi = stats.chi2_contingency([[i, n - i], [j, m - j]], correction=False).statistic
+        assert class_distance(x, y).item() == pytest.approx(math.sqrt(chi/(n + m)), abs=1e-9)
+    else: assert class_distance(x, y) == 0
+
+
+@given(st.tuples(*[st.integers(0, 255)]*3))
+def test_hsv_agrees_with_the_standard_library(rgb):
+    import colorsys
+    want = colorsys.rgb_to_hsv(*(v/255 for v in rgb))
+    assert rgb_to_hsv(torch.tensor(rgb, dtype=torch.float64)/255).tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_nearest_agrees_with_brute_force():
+    x, t = FRESH[:20], TRAIN[:50]
+    want = torch.stack([(t - v).double().flatten(1).norm(dim=1).min() for v in x])
+    assert torch.allclose(nearest(x, t, chunk=7).double(), want, rtol=1e-4)
+
+
+def test_an_exact_copy_is_at_no_distance():
+    "Also where the whole set is alike: fixed colours, two degrees of freedom."
+    train = to_8bit(get_task("sun_shadow", palette="pure").sample(1000, 0)[0])
+    assert nearest(train[:64], train).max() < 1e-3
+
+
+def test_the_baseline_of_copies_is_one_in_a_hundred():
+    hits = torch.cat([copies(SQ, SQ.sample(256, s)[0], TRAIN) for s in range(2)]).float().mean()
+    assert hits < .04
+
+
+# ---------------------------------------------------------------- bootstrap
+
+def test_bootstrap_covers_what_it_should():
+    "A mean of normal numbers: nominally 95 % of the intervals hold it."
+    def f(m): return dict(mean=m.a.mean(-1))
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 60)))
+    hits = 0
+    for k, row in enumerate(x):
+        lo, hi = interval(bootstrap(Measured(*[row]*6), f, 300, k)["mean"])
+        hits += lo <= 0 <= hi
+    assert .90 <= hits/300 <= .985
+
+
+def test_bootstrap_has_a_seed():
+    m = made()
+    a, b, c = (bootstrap(m, lambda v: statistics(v, 32), 50, s) for s in (0, 0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not torch.equal(a["bias"], c["bias"]) and len(a["bias"]) == 50
+
+
+def test_blocks_change_nothing_but_memory():
+    m = made(30)
+    a, b = (bootstrap(m, lambda v: statistics(v, 32), 60, 0, block) for block in (2**21, 30*7))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_bootstrap_agrees_with_a_loop():
+    m = made(80, 2)
+    mine = bootstrap(m, lambda v: statistics(v, 32), 2000)["bias"].std().item()
+    rng, log = np.random.default_rng(0), (m.b/m.a).log().numpy()
+    assert mine == pytest.approx(np.std([np.median(rng.choice(log, 80)) for _ in range(2000)]), rel=.1)
+
+
+@pytest.mark.parametrize("draws,want", [([], None), ([math.nan], None), ([1.]*9, (1., 1.)), ([math.nan, 2., math.inf], (2., 2.))])
+def test_interval(draws, want):
+    found = interval(torch.tensor(draws))
+    assert all(map(math.isnan, found)) if want is None else found == want
+
+
+# ---------------------------------------------------------------- reports
+
+def finite(v):
+    if isinstance(v, dict): return all(map(finite, v.values()))
+    if isinstance(v, list): return all(map(finite, v))
+    return not isinstance(v, float) or math.isfinite(v)
+
+
+def whole(r, n):
+    d = r.to_dict()
+    assert set(d) == KEYS == set(ROWS) and finite(d) and json.loads(json.dumps(d, allow_nan=False)) == d and r.n == n
+    text, html = str(r), r._repr_html_()
+    assert all(k in text and k in html for k in KEYS) and text == repr(r) and html.count("<tr>") == len(KEYS) + 1
+    assert "nan" not in text and max(map(len, text.splitlines())) < 140
+    return d
+
+
+def test_a_report_says_everything():
+    d = whole(report(FRESH, train=TRAIN), N)
+    assert all({"value", "low", "high", "floor", "chance"} <= set(v) for v in d.values())
+    for k in KEYS - {"coverage"}: assert d[k]["low"] <= d[k]["value"] <= d[k]["high"] or k in ("floor", "chance"), k
+    assert len(d["rule_gap"]["terciles"]) == 3 and sum(t["share"] for t in d["rule_gap"]["terciles"]) == pytest.approx(1)
+    assert {"p90", "p90_floor"} <= set(d["error_px"]) and d["copies"]["floor"] == .01 and d["coverage"]["factor"]
+
+
+def test_without_a_training_set_copies_are_not_measured():
+    r = report(FRESH[:16])
+    assert r.copies is None and "not measured" in str(r)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_world(name):
+    task = get_task(name, palette="pure")
+    x, _ = task.sample(32, 5)
+    r = rule_report(task, x, train=x, draws=50)
+    whole(r, 32)
+    assert r.copies == 1 and r.rule_gap < .1 and task.name in str(r)
+
+
+def test_real_images_by_the_published_numbers_at_chance():
+    r = report(FRESH)
+    row = r.rows["r2_rule"]
+    assert abs(row.chance + 1) < .6 and row.floor > .999 and abs(r.rows["rho"].chance) < .3 and r.slope == pytest.approx(1, abs=.01)
+
+
+@pytest.mark.parametrize("x", [torch.ones(9, 3, 32, 32), noise(9), -torch.ones(9, 3, 32, 32), torch.full((9, 3, 32, 32), math.nan)])
+def test_nothing_readable(x):
+    r = report(x, train=TRAIN)
+    whole(r, 9)
+    assert r.yield_ == r.coarse == r.within_5 == 0 and r.rule_gap == 1 and r.rows["rule_gap"].low == r.rows["rule_gap"].high == 1
+
+
+@pytest.mark.parametrize("x", [FRESH[:1], noise(1), torch.cat([FRESH[:1], noise(8)]), FRESH[:2]])
+def test_few_images(x): whole(report(x, train=TRAIN), len(x))
+
+
+def test_a_report_has_a_seed():
+    a, b, c = (report(FRESH[:40], seed=s).to_dict() for s in (0, 0, 1))
+    assert a == b and a["yield_"]["value"] == c["yield_"]["value"] and a["rule_gap"]["low"] != c["rule_gap"]["low"]
+
+
+def test_the_order_of_the_images_does_not_matter():
+    a, b = report(FRESH, train=TRAIN), report(FRESH.flip(0), train=TRAIN)
+    for k in KEYS - {"coverage"}: assert getattr(a, k) == pytest.approx(getattr(b, k), abs=1e-6), k
+
+
+def test_images_are_rounded_to_8_bits():
+    m, n = measure(SQ, FRESH[:8]), measure(SQ, to_8bit(FRESH[:8]))
+    assert torch.equal(m.b, n.b)
+
+
+@pytest.mark.parametrize("bad,error,word", [
+    (FRESH[:0], ValueError, "at least one"), (FRESH[:, :, :16, :16], ValueError, "32x32.*16x16"), (FRESH[0], ValueError, "shape"),
+    (FRESH.numpy(), TypeError, "Tensor"), ((FRESH + 1)/2, ValueError, "2\\*x - 1"), (FRESH*127.5 + 127.5, ValueError, "127.5"),
+    ((FRESH*127.5 + 127.5).byte(), TypeError, "uint8"), (None, TypeError, "NoneType")])
+def test_wrong_images(bad, error, word):
+    with pytest.raises(error, match=word): report(bad)
+
+
+@pytest.mark.parametrize("bad,error,word", [
+    (TRAIN[:0], ValueError, "train|empty"), (TRAIN[:, :, :16, :16], ValueError, "32x32.*16x16"),
+    ((TRAIN + 1)/2, ValueError, "2\\*x - 1"), ((TRAIN*127.5 + 127.5).byte(), TypeError, "uint8"), (TRAIN.numpy(), TypeError, "Tensor")])
+def test_wrong_training_sets(bad, error, word):
+    with pytest.raises(error, match=word): report(FRESH[:4], train=bad)
+
+
+@pytest.mark.parametrize("kw,error,word", [(dict(draws=0), ValueError, "draws"), (dict(draws=1.5), TypeError, "draws"),
+                                           (dict(seed=-1), ValueError, "seed"), (dict(seed=1.), TypeError, "seed")])
+def test_wrong_arguments(kw, error, word):
+    with pytest.raises(error, match=word): report(FRESH[:4], **kw)
+
+
+def test_an_unknown_row_is_an_attribute_error():
+    r = RuleReport(SQ.spec(), 0, {"yield_": Value(.5, .4, .6, 1., 1., {})})
+    assert r.yield_ == .5 and not hasattr(r, "accuracy")
+    import copy
+    import pickle
+    assert copy.deepcopy(r) == r == pickle.loads(pickle.dumps(r))
+
+
+def test_floor_images_are_not_those_of_a_small_seed():
+    assert FLOOR_SEED > 2**60
+    a = SQ.factors(50, FLOOR_SEED).l1
+    assert not any(torch.equal(a, SQ.factors(50, s).l1) for s in range(20))
+
+
+def test_coverage_names_the_factor():
+    f = SQ.features(to_8bit(FRESH))
+    left = (f.x1 < .4).nonzero().squeeze(1)
+    c = coverage(SQ, type(f)(*(v[left] for v in f)), real_images(SQ, N))
+    assert c.factor == "x1" and c.value > c.high
+
+
+def test_permuted_keeps_the_marginal_and_refused_rows():
+    f = SQ.features(to_8bit(half_noise(FRESH)))
+    g = permuted(SQ, f)
+    assert torch.equal(f.readable, g.readable) and torch.equal(f.l1, g.l1) and torch.equal(f.l2[~f.readable], g.l2[~f.readable])
+    assert torch.equal(f.l2[f.readable].sort().values, g.l2[f.readable].sort().values) and not torch.equal(f.l2, g.l2)
+    sun = TASKS["sun_shadow_free"]
+    f = sun.features(to_8bit(sun.sample(100, 0)[0]))
+    g = permuted(sun, f)
+    pairs = [sorted(zip(v.l2[v.readable].tolist(), v.side[v.readable].tolist())) for v in (f, g)]
+    assert pairs[0] == pairs[1] and not torch.equal(f.side, g.side)   # length and side travel together
+
+
+def test_values_are_clamped_below():
+    f = SimpleNamespace(l1=torch.tensor([0., 1.]), l2=torch.tensor([-1., 1.]), readable=torch.tensor([True, True]))
+    m = metrics.measured(SQ, f)
+    assert m.a.tolist() == [1e-6, 1.5] and m.b.tolist() == [1e-6, 1.] and m.a.dtype == torch.float64
