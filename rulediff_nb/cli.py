@@ -96,8 +96,11 @@ def draw(
 
 def measure_model(
     model:RuleUNet, # with its manifest
-    n:int, steps:int, eta:float, seed:int, # see `draw`
-)->tuple[Tensor,RuleReport]:               # images and what they measure
+    n:int,          # images
+    steps:int,      # network calls
+    eta:float,      # fresh noise, see `draw`
+    seed:int,       # of the noise
+)->tuple[Tensor,RuleReport]: # images and what they measure
     "Sample from a model and measure beside its own training set."
     m, world = model.manifest, model.recipe.world
     x = draw(model, n, steps, eta, seed, f'{world.name} {world.palette}')
@@ -136,8 +139,10 @@ def demo(
     print(f"\nwritten: {', '.join(str(folder/f'demo.{e}') for e in ('png', 'txt', 'csv'))}")
 
 def save_demo(
-    folder:Path, head:str, # where to, and the line above the table
-    lines:list[Line], panels:list[Panel], # table and figure
+    folder:Path,       # where to
+    head:str,          # the line above the table
+    lines:list[Line],  # the table
+    panels:list[Panel], # the figure's columns
 ):
     "Write figure and tables, each whole or not at all."
     png = io.BytesIO()
