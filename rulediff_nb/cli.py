@@ -9,8 +9,8 @@ __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'REPORT', 'KEPT', 'LIBRARIES', 'COMMA
            'csv_table', 'check_folder', 'draw', 'measure_model', 'readable_sides', 'demo', 'save_demo', 'train',
            'begin', 'release', 'load_images', 'report', 'doctor', 'main']
 
-# %% ../nbs/90_cli.ipynb #0efc8ef9
-import csv, io, os, platform, sys, time
+# %% ../nbs/90_cli.ipynb #f4308eb7
+import csv, io, os, platform, sys, time, zipfile, zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,12 @@ def text_table(
     w = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
     return '\n'.join('  '.join(c.ljust(w[i]) if i < 2 else c.rjust(w[i]) for i, c in enumerate(r)).rstrip() for r in cells)
 
+def _cell(
+    v:float|None, # a number or none
+)->str:           # its text
+    "A cell of a CSV table; empty where nothing was measured."
+    return '' if v is None or not np.isfinite(v) else f'{v:.6g}'
+
 def csv_table(
     lines:list[Line], # any number
 )->str:               # the file's text
@@ -67,7 +73,7 @@ def csv_table(
     out = io.StringIO()
     w = csv.writer(out, lineterminator='\n')
     w.writerow(('schema', 'world', 'images', 'n', *SHOWN))
-    for v in lines: w.writerow((SCHEMA, v.world, v.what, v.n, *('' if v.values[k] is None else f'{v.values[k]:.6g}' for k in SHOWN)))
+    for v in lines: w.writerow((SCHEMA, v.world, v.what, v.n, *(_cell(v.values[k]) for k in SHOWN)))
     return out.getvalue()
 
 # %% ../nbs/90_cli.ipynb #a89e826b
@@ -244,9 +250,12 @@ def _from_npz(
     path:Path, # an .npz file
 )->Tensor:     # (n,3,s,s) in [-1,1]
     "Read the only array of an NPZ file; ValueError unless it is uint8 with three channels."
-    with np.load(path, allow_pickle=False) as f:
-        if len(f.files) != 1: raise ValueError(f"{path} holds {f.files}, wanted one array")
-        a = f[f.files[0]]
+    try:
+        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+        raise ValueError(f"{path} is not a whole .npz file of plain arrays: {e}") from e
+    if len(arrays) != 1: raise ValueError(f"{path} holds {sorted(arrays)}, wanted one array")
+    a = next(iter(arrays.values()))
     if a.dtype != np.uint8 or a.ndim != 4 or 3 not in (a.shape[1], a.shape[3]):
         raise ValueError(f"{path} holds {a.dtype} {a.shape}, wanted uint8 (n,s,s,3) or (n,3,s,s)")
     x = torch.from_numpy(a if a.shape[1] == 3 else a.transpose(0, 3, 1, 2)).float()/127.5 - 1
