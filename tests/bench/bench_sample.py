@@ -6,13 +6,20 @@ from rulediff_nb.tasks import get_task
 from rulediff_nb.train import draw_batch
 from rulediff_nb.unet import unet
 
-SHAPE = 64, 3, 32, 32
+SHAPE, TIMES = (64, 3, 32, 32), 30
+
+
+def often(f):
+    "Many calls, so that a pause of the machine weighs less."
+    def run():
+        for _ in range(TIMES): f()
+    return run
 
 
 def bench_noise():
     torch.set_num_threads(1)
-    return f"noise for {SHAPE[0]} images: torch.randn -> one Philox generator per row", lambda: torch.randn(SHAPE), lambda: (
-        row_noise(0, range(SHAPE[0]), SHAPE[1:]))
+    what = f"noise for {SHAPE[0]} images, {TIMES} times: torch.randn -> one Philox generator per row"
+    return what, often(lambda: torch.randn(SHAPE)), often(lambda: row_noise(0, range(SHAPE[0]), SHAPE[1:]))
 
 
 def bench_noise_in_a_step():
@@ -29,5 +36,5 @@ def bench_noise_in_a_step():
 
 def bench_training_batch():
     def plain(): return torch.randint(2000, (32,)), torch.randint(1000, (32,)), torch.randn(32, *SHAPE[1:])
-    return "a training batch of 32: torch's global generator -> a function of (seed, step)", plain, lambda: (
-        draw_batch(0, 1, 2000, 32, 1000, SHAPE[1:]))
+    what = f"a training batch of 32, {TIMES} times: torch's global generator -> a function of (seed, step)"
+    return what, often(plain), often(lambda: draw_batch(0, 1, 2000, 32, 1000, SHAPE[1:]))

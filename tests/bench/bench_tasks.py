@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from rulediff_nb.tasks import TASKS, Disc
 
-N = 64
+N = 16
 
 
 def by_matplotlib(task, f, big=768):
