@@ -10,7 +10,7 @@ from tree import LIB, NAME, ROOT, clean_env, copy_to
 
 pytestmark = pytest.mark.wheel
 LIMIT = 32*2**20
-DEMO = ["demo", "--n", "8", "--steps", "2", "--out", "out"]
+DEMO = ["demo", "--n", "16", "--steps", "2", "--out", "out"]
 
 
 def call(*args, cwd, env=None):
