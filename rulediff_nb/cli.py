@@ -51,20 +51,20 @@ def report_lines(
     fields = {'floor': 'floor', what: 'value', 'chance': 'chance'}
     return [Line(world, name, report.n, pick(field)) for name, field in fields.items()]
 
+def _cell(
+    v:float|None, # a number or none
+    form:str,     # how it is written, such as ".3f"
+)->str:           # its text
+    "A cell of a table; empty where nothing was measured."
+    return '' if v is None or not np.isfinite(v) else format(v, form)
+
 def text_table(
     lines:list[Line], # any number
 )->str:               # for a terminal
     "Lines as aligned text."
-    def num(v): return '-' if v is None or not np.isfinite(v) else f'{v:.3f}'
-    cells = [('world', 'images', *SHOWN)] + [(v.world, v.what, *(num(v.values[k]) for k in SHOWN)) for v in lines]
+    cells = [('world', 'images', *SHOWN)] + [(v.world, v.what, *(_cell(v.values[k], '.3f') or '-' for k in SHOWN)) for v in lines]
     w = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
     return '\n'.join('  '.join(c.ljust(w[i]) if i < 2 else c.rjust(w[i]) for i, c in enumerate(r)).rstrip() for r in cells)
-
-def _cell(
-    v:float|None, # a number or none
-)->str:           # its text
-    "A cell of a CSV table; empty where nothing was measured."
-    return '' if v is None or not np.isfinite(v) else f'{v:.6g}'
 
 def csv_table(
     lines:list[Line], # any number
@@ -73,7 +73,7 @@ def csv_table(
     out = io.StringIO()
     w = csv.writer(out, lineterminator='\n')
     w.writerow(('schema', 'world', 'images', 'n', *SHOWN))
-    for v in lines: w.writerow((SCHEMA, v.world, v.what, v.n, *(_cell(v.values[k]) for k in SHOWN)))
+    for v in lines: w.writerow((SCHEMA, v.world, v.what, v.n, *(_cell(v.values[k], '.6g') for k in SHOWN)))
     return out.getvalue()
 
 # %% ../nbs/90_cli.ipynb #a89e826b
@@ -169,7 +169,7 @@ def train(
     seed:int=0,            # of training set, initial weights, batches and noise
     out:str='runs',        # folder of the checkpoints
     weights:str='',        # folder for weights and manifest; empty: beside the checkpoint
-    score:int=1024,     # images for the manifest's report
+    score:int=1024,        # images for the manifest's report
     start:str='',          # folder of a finished run of the same recipe to go on from; empty: from nothing
 ):
     "Train a model on a world, resuming a checkpoint of the same run, and write weights with a manifest."

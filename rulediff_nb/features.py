@@ -503,6 +503,7 @@ def verdict(
     z:Tensor,      # (n,w) fitted numbers
     sc:Scene,      # the scene there
     error:Tensor,  # (n,p) standard errors
+    rest:Tensor,   # (n,) what `leftover` says
 )->Tensor:         # (n,) int64, a place in `REASONS`
     "Say why an image is not read; 0 if it is."
     p = len(lay.names)
@@ -513,7 +514,7 @@ def verdict(
     length = torch.tensor(lay.lengths, device=z.device)
     tiny = (z[:, :p].abs()*task.size < least + 4*error*task.size).any(1) | ~(error*length*task.size < .3).all(1)
     faint = (sc.ink[:, :-1].amax(2) < FAINT).any(1) | (boxes.peak < (.008 if lay.known else FAINT)).any(1)
-    tests = [tiny, away | bent, leftover(sc.left, sc.cover, sc.ink[:, :-1]) > LEFT, faint, ~d.flatten(1).isfinite().all(1)]
+    tests = [tiny, away | bent, rest > LEFT, faint, ~d.flatten(1).isfinite().all(1)]
     why = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     for code, bad in zip((5, 4, 3, 2, 1), tests): why[bad] = code
     return why
@@ -564,12 +565,12 @@ def _read(
     with torch.no_grad():
         boxes, z, sc = _fit(task, lay, safe)
         error = _errors(lay, sc)
-        why = verdict(task, lay, d, boxes, z, sc, error)
+        rest = leftover(sc.left, sc.cover, sc.ink[:, :-1])
+        why = verdict(task, lay, d, boxes, z, sc, error, rest)
     ink = sc.ink
     if x.requires_grad and torch.is_grad_enabled(): z, ink = with_gradient(task, lay, safe, z)
     f = task.finish(_factors(task, lay, z[:, :len(lay.names)])._replace(rgb=1 - ink[:, :-1]))
     own = error[:, lay.names.index(task.length)] if task.length in lay.names else error.amax(1)
-    rest = leftover(sc.left, sc.cover, sc.ink[:, :-1])
     return features_type(task.Factors)(*(v.to(d.dtype) for v in f), why == 0, why, rest, own.to(d.dtype))
 
 @contextmanager

@@ -3,31 +3,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Rectangle
 from PIL import Image, ImageDraw
 
 from rulediff_nb.tasks import TASKS, Disc
+from tests.drawing import by_matplotlib
 
 N = 16
-
-
-def by_matplotlib(task, f, big=768):
-    "As the study drew: one figure of 768 pixels per image, reduced by area."
-    fig, out = Figure(figsize=(1, 1), dpi=big), []
-    canvas = FigureCanvasAgg(fig)
-    for i in range(len(f.rgb)):
-        fig.clear()
-        ax = fig.add_axes([0, 0, 1, 1], xlim=(0, 1), ylim=(0, 1))
-        ax.set_axis_off()
-        for k, shape in enumerate(task.shapes(f)):
-            v, kw = [p[i].item() for p in shape], dict(color=f.rgb[i, k].tolist(), lw=0)
-            ax.add_patch(Circle(v[:2], v[2], **kw) if isinstance(shape, Disc) else Rectangle((v[0], v[2]), v[1] - v[0], v[3] - v[2], **kw))
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        out.append(pixels.reshape(task.size, big//task.size, task.size, big//task.size, 3).mean((1, 3)))
-    return np.stack(out)
 
 
 def by_pillow(task, f, times=16):
