@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from rulediff_nb.tasks import TASKS, Disc
 from tests.drawing import by_matplotlib
 
-N = 16
+N = 128
 
 
 def by_pillow(task, f, times=16):
@@ -20,7 +20,7 @@ def by_pillow(task, f, times=16):
         for k, shape in enumerate(task.shapes(f)):
             v, rgb = [p[i].item()*big for p in shape], tuple(round(255*c) for c in f.rgb[i, k].tolist())
             if isinstance(shape, Disc): draw.ellipse((v[0] - v[2], big - v[1] - v[2], v[0] + v[2], big - v[1] + v[2]), fill=rgb)
-            else: draw.rectangle((v[0], big - v[3], v[1] - 1, big - v[2] - 1), fill=rgb)
+            else: draw.rectangle((v[0], big - v[3], max(v[1] - 1, v[0]), max(big - v[2] - 1, big - v[3])), fill=rgb)
         out.append(np.asarray(img.resize((task.size, task.size), Image.Resampling.BOX)))
     return np.stack(out)
 
