@@ -10,13 +10,14 @@ from tree import LIB, NAME, clean_env, modules
 MODEL = {"core", "tasks", "schedule", "unet", "store"}
 LAYERS = {  # module -> modules of the package that it may import
     "core": set(), "tasks": {"core"}, "features": {"core", "tasks"}, "metrics": {"core", "tasks", "features"},
+    "certificate": {"core", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL, "sample": MODEL,
     "classifier": MODEL | {"train"}, "guide": {"core", "schedule", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
     "diffusers": {"schedule", "unet", "train", "sample", "guide", "classifier", "cli"},
     "accelerate": {"train", "sample", "classifier", "cli"}, "huggingface_hub": {"store", "unet", "sample", "cli"},
-    "nbdev": set(), "scipy": set(), "sklearn": set(), "jupyterlab": set(), "pickle": set()}
+    "nbdev": set(), "scipy": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
 
 def imports(tree):

@@ -91,7 +91,7 @@ def form(nb, name):
         out += [f"no heading {h!r}" for h in want if not any(x.startswith(h) for x in heads)]
     if any("nbdev_export" in source(c) for c in cells): out.append("a lesson does not export itself")
     exports = [m[1] for c in cells if (m := re.search(r"#\| *default_exp +(\w+)", source(c)))]
-    if exports and exports != [re.sub(r"^\d+_|\.ipynb$", "", name)]: out.append(f"exports to {exports}")
+    if exports and exports != [re.sub(r"^\d+[a-z]?_|\.ipynb$", "", name)]: out.append(f"exports to {exports}")
     return out
 
 
@@ -117,12 +117,12 @@ class TestNotebook:
 
 
 def test_notebooks_use_lower_numbers_only():
-    number = {re.sub(r"^\d+_", "", p.stem): int(p.name[:2]) for p in notebooks() if p.name[:2].isdigit()}
+    order = {re.sub(r"^\d+[a-z]?_", "", p.stem): p.name.split("_")[0] for p in notebooks() if p.name[:2].isdigit()}
     for p in notebooks():
         if not p.name[:2].isdigit(): continue
         src = "\n".join(source(c) for c in read_nb(p)["cells"] if c["cell_type"] == "code")
-        used = set(re.findall(rf"{NAME}\.(\w+)", src)) & set(number)
-        assert all(number[m] < int(p.name[:2]) or m == p.stem[3:] for m in used), f"{p.name} uses {sorted(used)}"
+        used, here = set(re.findall(rf"{NAME}\.(\w+)", src)) & set(order), p.name.split("_")[0]
+        assert all(order[m] < here or p.stem == f"{here}_{m}" for m in used), f"{p.name} uses {sorted(used)}"
 
 
 def md(s): return dict(cell_type="markdown", source=s, metadata={})
