@@ -28,7 +28,7 @@ from .sample import WEIGHTS, load_pretrained, sample_batches
 from .store import StoreError, list_releases, load_release, save_release, write_atomic
 from .tasks import get_task
 from .train import run_weights, train_steps
-from .unet import RuleUNet, unet
+from .unet import Recipe, RuleUNet, unet
 
 # %% ../nbs/90_cli.ipynb #defaba4a
 SCHEMA = 1   # version of the columns below
@@ -170,13 +170,15 @@ def train(
     out:str='runs',        # folder of the checkpoints
     weights:str='',        # folder for weights and manifest; empty: beside the checkpoint
     score:int=1024,        # images for the manifest's report
-    start:str='',          # folder of a finished run of the same recipe to go on from; empty: from nothing
+    start:str='',          # folder of a finished run of the same network to go on from; empty: from nothing
+    lr:float=0.,           # peak learning rate, 0: the preset's
 ):
     "Train a model on a world, resuming a checkpoint of the same run, and write weights with a manifest."
     world = get_task(task, palette=palette)
     check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(score, 'score', 64)
     x0, _ = world.sample(check_int(n, 'n') or world.paper_n, seed)
-    model, remarks, batches = begin(unet(preset, world, seed), seed, start)
+    if lr < 0: raise ValueError(f"lr must be positive, or 0 for the preset's, got {lr}")
+    model, remarks, batches = begin(unet(preset, world, seed, **(dict(lr=lr) if lr else {})), seed, start)
     tail = f'-after-{remarks["before"]}' if start else ''
     folder = check_folder(Path(out)/f'{world.name}-{palette}-{preset}-{steps}-{seed}{tail}')
     work = train_steps(model.to(default_device()), x0, folder, steps, batches, remarks=remarks)
@@ -195,7 +197,7 @@ def begin(
     "Set the weights that a run begins with; steps `before` it are counted, and its batches are new ones."
     if not start: return model, dict(set_seed=seed, before=0), seed
     kept, meta = run_weights(start)
-    if meta['recipe'] != model.recipe.to_dict(): raise StoreError(f"{start} has another recipe than this run")
+    if Recipe.from_dict(meta['recipe']).network() != model.recipe.network(): raise StoreError(f"{start} holds another network, or another world")
     model.load_state_dict(kept)
     before = meta['before'] + meta['steps']
     return model, dict(set_seed=seed, before=before), int(row_generator(seed, before, stream=11).integers(2**62))

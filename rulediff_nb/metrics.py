@@ -6,8 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['FLOOR_SEED', 'ROWS', 'Measured', 'measured', 'measure', 'rule_errors', 'statistics', 'Real', 'permuted',
-           'real_images', 'gap', 'tercile_gaps', 'ks_distance', 'class_distance', 'rgb_to_hsv', 'factor_table',
-           'Coverage', 'coverage', 'nearest', 'copies', 'bootstrap', 'interval', 'Value', 'RuleReport', 'rule_report']
+           'real_images', 'gap', 'tercile_gaps', 'ks_distance', 'class_distance', 'factor_table', 'Coverage',
+           'coverage', 'nearest', 'copies', 'bootstrap', 'interval', 'Value', 'RuleReport', 'rule_report']
 
 # %% ../nbs/03_metrics.ipynb #10b36236
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import rulediff_nb.features  # noqa: F401  (gives every task its `features`)
 from .core import check_images, check_int, row_generator, to_8bit
-from .tasks import Task
+from .tasks import Task, rgb_to_hsv
 
 # %% ../nbs/03_metrics.ipynb #346d8147
 class Measured(NamedTuple):
@@ -193,16 +193,6 @@ def class_distance(
     both = (n*p + m*q)/(n + m)
     spread = both*(1 - both)
     return torch.where(spread > 0, (p - q).abs()*math.sqrt(n*m)/((n + m)*spread.clamp(min=1e-12).sqrt()), 0.)
-
-def rgb_to_hsv(
-    rgb:Tensor, # (...,3) in [0,1]
-)->Tensor:      # (...,3): hue in turns [0,1), saturation and value in [0,1]
-    "Convert RGB to HSV."
-    v, i = rgb.max(-1)
-    d = v - rgb.amin(-1)
-    r, g, b = rgb.unbind(-1)
-    part = torch.stack([(g - b), (b - r) + 2*d, (r - g) + 4*d], -1).gather(-1, i[..., None])[..., 0]
-    return torch.stack([(part/d.clamp(min=1e-9)/6) % 1, d/v.clamp(min=1e-9), v], -1)
 
 def factor_table(
     task:Task,    # the world

@@ -6,8 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['PALETTE', 'PURE', 'VIOLATE', 'TASKS', 'Rect', 'Disc', 'overlap', 'rect_coverage', 'quadrant_area', 'disc_window',
-           'disc_coverage', 'hsv_to_rgb', 'draw_rgb', 'Task', 'SunFactors', 'SunShadow', 'BarFactors', 'Perspective',
-           'CircleFactors', 'TwoCircles', 'SquareFactors', 'TwoSquares', 'get_task']
+           'disc_coverage', 'hsv_to_rgb', 'rgb_to_hsv', 'draw_rgb', 'Task', 'SunFactors', 'SunShadow', 'BarFactors',
+           'Perspective', 'CircleFactors', 'TwoCircles', 'SquareFactors', 'TwoSquares', 'get_task']
 
 # %% ../nbs/01_tasks.ipynb #f47d5e9e
 import math
@@ -106,6 +106,16 @@ def hsv_to_rgb(
     h, s, v = hsv[..., :1]/30, hsv[..., 1:2]/255, hsv[..., 2:]/255
     k = (torch.tensor([5., 3., 1.], device=hsv.device, dtype=hsv.dtype) + h) % 6
     return v - v*s*torch.minimum(k, 4 - k).clamp(0, 1)
+
+def rgb_to_hsv(
+    rgb:Tensor, # (...,3) in [0,1]
+)->Tensor:      # (...,3): hue in turns [0,1), saturation and value in [0,1]
+    "Convert RGB to HSV."
+    v, i = rgb.max(-1)
+    d = v - rgb.amin(-1)
+    r, g, b = rgb.unbind(-1)
+    part = torch.stack([(g - b), (b - r) + 2*d, (r - g) + 4*d], -1).gather(-1, i[..., None])[..., 0]
+    return torch.stack([(part/d.clamp(min=1e-9)/6) % 1, d/v.clamp(min=1e-9), v], -1)
 
 def draw_rgb(
     u:Tensor,              # (n,3*k) uniform numbers

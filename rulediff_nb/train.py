@@ -99,6 +99,7 @@ class Run:
         if not math.isfinite(value): raise FloatingPointError(f"loss is {value} at step {self.step}, learning rate {lr:.2g}")
         self.opt.zero_grad()
         loss.backward()
+        if self.recipe.clip: torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.opt.step()
         if self.ema: self.ema.step(self.model.parameters())
         self.step += 1

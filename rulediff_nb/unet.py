@@ -43,6 +43,7 @@ class Recipe:
     warmup:int = 100                    # steps of linear warm-up
     decay:bool = True                   # cosine decay to zero at the last step
     weight_decay:float = 0.             # AdamW's
+    clip:float = 0.                     # largest norm of the gradient; 0: not clipped
     ema:float = .999                    # largest decay of the averaged weights, 0: none
     bf16:bool = True                    # bfloat16 autocast while training
     epochs:int|None = None              # published length of training, for preset "paper"
@@ -65,12 +66,17 @@ class Recipe:
         if set(d) - known: raise ValueError(f"unknown recipe fields {sorted(set(d) - known)}; known: {sorted(known)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
+    def network(self)->dict: # JSON-ready
+        "The fields that weights depend on; the others say how they were trained."
+        trained = ('preset', 'batch', 'lr', 'warmup', 'decay', 'weight_decay', 'clip', 'ema', 'bf16', 'epochs')
+        return {k: v for k, v in self.to_dict().items() if k not in trained}
+
     def schedule(self)->DDPMScheduler: # diffusers' constants
         "The noise schedule of this recipe."
         return noise_schedule(self.T, self.beta_start, self.beta_end, self.prediction)
 
 PRESETS = dict(
-    laptop=Recipe(),
+    laptop=Recipe(clip=1.),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
                  prediction='epsilon', contrast=0., batch=16, lr=3e-4, warmup=0, decay=False, weight_decay=.01, ema=0., bf16=False))
 PAPER_EPOCHS = dict(sun_shadow=400, sun_shadow_free=400, perspective=800, two_circles=1600, two_squares=1000)
