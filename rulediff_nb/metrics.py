@@ -7,7 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/metrics.html.md"""
 # %% auto #0
 __all__ = ['FLOOR_SEED', 'ROWS', 'Measured', 'measured', 'measure', 'rule_errors', 'statistics', 'Real', 'permuted',
            'real_images', 'gap', 'tercile_gaps', 'ks_distance', 'class_distance', 'factor_table', 'Coverage',
-           'coverage', 'nearest', 'copies', 'bootstrap', 'interval', 'Value', 'RuleReport', 'rule_report']
+           'coverage', 'nearest', 'copies', 'bootstrap', 'share_interval', 'interval', 'Value', 'RuleReport',
+           'rule_report']
 
 # %% ../nbs/03_metrics.ipynb #10b36236
 import math
@@ -282,6 +283,16 @@ def bootstrap(
         parts.append(f(_take(m, order)))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
+def share_interval(
+    hits:int, # successes
+    n:int,    # trials
+)->tuple[float,float]: # both in [0,1]; NaN without trials
+    "Wilson's 95 % interval of a share (Wilson 1927): unlike the bootstrap's it does not shrink to a point at 0 or 1."
+    if not n: return math.nan, math.nan
+    p, z = hits/n, 1.959964
+    mid, half = (p + z*z/(2*n))/(1 + z*z/n), z*math.sqrt(p*(1 - p)/n + z*z/(4*n*n))/(1 + z*z/n)
+    return max(mid - half, 0.), min(mid + half, 1.)
+
 def interval(
     draws:Tensor, # (draws,) resampled values
 )->tuple[float,float]: # 2.5 % and 97.5 % quantile; NaN without a finite draw
@@ -391,7 +402,7 @@ def rule_report(
     rows['error_px'] = row('error_px', p90=point['error_px_90'].item(), p90_floor=floor['error_px_90'].item())
     rows['rule_gap'] = row('rule_gap', terciles=tercile_gaps(m, real))
     rows['coverage'] = _coverage_row(task, type(f)(*(v.cpu() for v in f)), real)
-    rows['copies'] = _copies_row(task, x, train, draws, seed)
+    rows['copies'] = _copies_row(task, x, train)
     return RuleReport(task.spec(), len(x), {k: rows[k] for k in ROWS})
 
 def _coverage_row(
@@ -404,10 +415,8 @@ def _coverage_row(
 
 def _copies_row(
     task:Task, x:Tensor, train:Tensor|None, # see `copies`
-    draws:int, seed:int,                    # of the bootstrap
 )->Value:                                   # share of copies
     "Copies as a row: 0.01 by construction for held-out real images."
     if train is None: return Value(None, None, None, .01, None, {})
-    hit = copies(task, x, train).double().cpu()
-    order = torch.from_numpy(row_generator(seed, 0, stream=33).integers(len(hit), size=(draws, len(hit))))
-    return Value(hit.mean().item(), *interval(hit[order].mean(1)), .01, None, {})
+    hits = int(copies(task, x, train).sum())
+    return Value(hits/len(x), *share_interval(hits, len(x)), .01, None, {})

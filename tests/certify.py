@@ -1,0 +1,60 @@
+"""Measure the ruler's certificate: `make certificate` (python tests/certify.py [--n 1000] [--out results/certificate]).
+
+Writes certificate.csv (how well known scenes are read under every condition), refusals.csv (what becomes of every fault at every amount)
+and brief.npz (images of two networks that were trained for 600 steps only). Each file is written whole or not at all.
+"""
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rulediff_nb.certificate import certify, conditions, refusals, to_csv
+from rulediff_nb.core import progress
+from rulediff_nb.sample import sample
+from rulediff_nb.store import write_atomic
+from rulediff_nb.tasks import TASKS
+from rulediff_nb.train import train
+from rulediff_nb.unet import unet
+
+WORLDS = [t.with_(palette=p) for t in TASKS.values() for p in ("paper", "pure")]
+
+
+def certificate(n):
+    "All lines of the certificate; canvases of 128 pixels get a quarter of the images."
+    jobs = [(t, c) for t in WORLDS for c in conditions()]
+    return [certify(t, c, n//4 if c.kind == "size" and c.amount == 128 else n) for t, c in progress(jobs, len(jobs), "certificate")]
+
+
+def all_refusals(n): return [r for t in progress(WORLDS, len(WORLDS), "refusals") for r in refusals(t, n, every=True)]
+
+
+def brief(n=96, steps=600):
+    "Images of networks that have hardly learned anything."
+    out, file = {}, io.BytesIO()
+    for name in ("two_circles", "sun_shadow_free"):
+        world = TASKS[name]
+        model = train(unet("laptop", world), world.sample(world.paper_n, 0)[0], steps)
+        x = sample(model, n, steps=40, eta=1., seed=5)
+        out[name] = ((x.clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez_compressed(file, **out)
+    return file.getvalue()
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--n", type=int, default=1000, help="images per line")
+    p.add_argument("--out", type=Path, default=Path("results/certificate"))
+    p.add_argument("--only", choices=("certificate", "refusals", "brief"), help="one file")
+    a = p.parse_args()
+    made = {"certificate": ("certificate.csv", lambda: to_csv(certificate(a.n)).encode()),
+            "refusals": ("refusals.csv", lambda: to_csv(all_refusals(a.n//5)).encode()), "brief": ("brief.npz", brief)}
+    for name, (file, make) in made.items():
+        if a.only in (None, name): sys.stdout.write(f"{write_atomic(a.out/file, make())}\n")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
