@@ -1,7 +1,8 @@
 """Ratios, not seconds: `python -m tests.bench [word …]` (make bench) runs every `bench_*` function of the files bench_*.py here.
 
 A benchmark returns (or yields) (what, baseline, candidate): two callables without arguments. Printed: how many times faster the
-candidate is than the baseline, the median over interleaved runs, with the range.
+candidate is than the baseline, the median over interleaved runs, with the range. A `figure_*` function yields lines of text instead:
+what has no alternative to be compared with, such as a peak of memory.
 """
 import importlib.util
 import os
@@ -29,12 +30,12 @@ def ratios(baseline, candidate):
 
 
 def benches(folder):
-    "Every `bench_*` function, file by file."
+    "Every `bench_*` and `figure_*` function, file by file."
     for path in sorted(folder.glob("bench_*.py")):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         mod = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(mod)
-        yield from ((path.stem, f) for name, f in vars(mod).items() if name.startswith("bench_") and callable(f))
+        yield from ((path.stem, f) for name, f in vars(mod).items() if name.startswith(("bench_", "figure_")) and callable(f))
 
 
 def main(words, folder=Path(__file__).parent):
@@ -42,6 +43,11 @@ def main(words, folder=Path(__file__).parent):
     count = 0
     for stem, f in benches(folder):
         if words and not any(w in f"{stem}.{f.__name__}" for w in words): continue
+        if f.__name__.startswith("figure_"):
+            for line in f():
+                sys.stdout.write(f"{line}\n")
+                count += 1
+            continue
         found = f()
         for what, baseline, candidate in [found] if isinstance(found, tuple) else found:
             r, count = ratios(baseline, candidate), count + 1
