@@ -38,11 +38,13 @@ def draw_batch(
     size:int,  # images per step
     T:int,     # noise levels
     shape:tuple[int,...], # of one image
+    focus:tuple=(), # (low, high, share): so many of the batch have a noise level in [low,high); empty: all levels alike
 )->Batch:      # on the CPU
     "The batch of a step: a function of (`seed`, `step`) alone."
     rng = row_generator(seed, step, stream=10)
     rows, t = rng.integers(n, size=size), rng.integers(T, size=size)
     eps = rng.standard_normal((size, *shape), dtype='float32')
+    if focus: t[:(k := round(size*focus[2]))] = rng.integers(focus[0], focus[1], size=k)
     return Batch(torch.from_numpy(rows), torch.from_numpy(t), torch.from_numpy(eps))
 
 # %% ../nbs/07_train.ipynb #e7af3a76
@@ -93,7 +95,8 @@ class Run:
         "Do one step; FloatingPointError names step and learning rate if the loss is not finite."
         lr = self.lr()
         for g in self.opt.param_groups: g['lr'] = lr
-        batch = draw_batch(self.seed, self.step, len(x0), self.recipe.batch, self.recipe.T, x0.shape[1:])
+        r = self.recipe
+        batch = draw_batch(self.seed, self.step, len(x0), r.batch, r.T, x0.shape[1:], r.focus)
         loss = self.loss(x0, batch)
         value = loss.item()
         if not math.isfinite(value): raise FloatingPointError(f"loss is {value} at step {self.step}, learning rate {lr:.2g}")

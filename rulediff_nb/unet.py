@@ -40,6 +40,7 @@ class Recipe:
     contrast:float = .3                 # root mean square of x0 - 1, for the preconditioning of v; 0: none
     batch:int = 32                      # images per step
     lr:float = 2e-3                     # AdamW's peak learning rate
+    focus:tuple = ()                    # (low, high, share): so much of a batch has a noise level in [low,high); empty: none
     warmup:int = 100                    # steps of linear warm-up
     decay:bool = True                   # cosine decay to zero at the last step
     weight_decay:float = 0.             # AdamW's
@@ -68,7 +69,7 @@ class Recipe:
 
     def network(self)->dict: # JSON-ready
         "The fields that weights depend on; the others say how they were trained."
-        trained = ('preset', 'batch', 'lr', 'warmup', 'decay', 'weight_decay', 'clip', 'ema', 'bf16', 'epochs')
+        trained = ('preset', 'batch', 'lr', 'focus', 'warmup', 'decay', 'weight_decay', 'clip', 'ema', 'bf16', 'epochs')
         return {k: v for k, v in self.to_dict().items() if k not in trained}
 
     def schedule(self)->DDPMScheduler: # diffusers' constants
