@@ -44,7 +44,8 @@ def draw_batch(
     rng = row_generator(seed, step, stream=10)
     rows, t = rng.integers(n, size=size), rng.integers(T, size=size)
     eps = rng.standard_normal((size, *shape), dtype='float32')
-    if focus: t[:(k := round(size*focus[2]))] = rng.integers(focus[0], focus[1], size=k)
+    k = round(size*focus[2]) if focus else 0
+    if k: t[:k] = rng.integers(focus[0], focus[1], size=k)
     return Batch(torch.from_numpy(rows), torch.from_numpy(t), torch.from_numpy(eps))
 
 # %% ../nbs/07_train.ipynb #e7af3a76
