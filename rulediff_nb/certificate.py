@@ -125,9 +125,11 @@ def _soft(task, n, seed, sigma):
     f = task.factors(n, seed)
     return task, soften(task, f, sigma), f
 
+def _noisy(x, sigma, seed): return (x + 2*sigma*row_noise(seed, range(len(x)), x.shape[1:], 42)).clamp(-1, 1)
+
 KINDS = {  # kind -> (amounts, how it is drawn)
     'size': ((16, 32, 64, 128), _larger),
-    'noise': ((.005, .01, .02, .03, .05), _changed(lambda x, a, seed: (x + 2*a*row_noise(seed, range(len(x)), x.shape[1:], 42)).clamp(-1, 1))),
+    'noise': ((.005, .01, .02, .03, .05), _changed(_noisy)),
     'blur': ((.05, .1, .2, .3, .5), _soft),
     'jpeg': ((95, 75), _changed(lambda x, a, seed: jpeg(x, int(a)))),
     'background': ((.01, .02, .03), _tinted),
@@ -372,16 +374,18 @@ GROWING = {  # fault -> (function, amounts from invisible to plain, whether it b
     'second scene': (_second_scene, (0, .02, .05, .1, .2, .5, 1), False), 'cut off, px': (_cut_off, (0, .1, .2, .4, .7, 1, 2), True),
     'foreign mark, px': (_foreign_mark, (0, .3, .5, .7, 1, 1.5, 2, 3), False), 'noise': (_noise_all_over, (0, .05, .1, .2, .4, 1), False)}
 
-# %% ../nbs/03a_certificate.ipynb #5ea000dc
+# %% ../nbs/03a_certificate.ipynb #597a2ceb
 def _half(task, x, f, half):
     "Paint a half white; rows count in which that took more than half a pixel off an object."
     y, s = x.clone(), task.size//2
-    box = dict(left=(slice(None), slice(0, s)), right=(slice(None), slice(s, None)), top=(slice(0, s), slice(None)), bottom=(slice(s, None), slice(None)))
-    y[:, :, box[half][0], box[half][1]] = 1
+    white = torch.zeros(task.size, task.size, dtype=torch.bool)
+    {'left': white[:, :s], 'right': white[:, s:], 'top': white[:s], 'bottom': white[s:]}[half][:] = True
+    y[:, :, white] = 1
     lost = []
     for shape in task.shapes(f):
         lo, hi, low, high = (v.clamp(0, 1) for v in extent(shape))
-        lost.append(dict(left=hi.clamp(max=.5) - lo, right=hi - lo.clamp(min=.5), bottom=high.clamp(max=.5) - low, top=high - low.clamp(min=.5))[half])
+        lost.append(dict(left=hi.clamp(max=.5) - lo, right=hi - lo.clamp(min=.5),
+                         bottom=high.clamp(max=.5) - low, top=high - low.clamp(min=.5))[half])
     return y, torch.stack(lost).amax(0) > .5/task.size
 
 def fixed_faults(

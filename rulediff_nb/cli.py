@@ -197,7 +197,8 @@ def begin(
     "Set the weights that a run begins with; steps `before` it are counted, and its batches are new ones."
     if not start: return model, dict(set_seed=seed, before=0), seed
     kept, meta = run_weights(start)
-    if Recipe.from_dict(meta['recipe']).network() != model.recipe.network(): raise StoreError(f"{start} holds another network, or another world")
+    if Recipe.from_dict(meta['recipe']).network() != model.recipe.network():
+        raise StoreError(f"{start} holds another network, or another world")
     model.load_state_dict(kept)
     before = meta['before'] + meta['steps']
     return model, dict(set_seed=seed, before=before), int(row_generator(seed, before, stream=11).integers(2**62))

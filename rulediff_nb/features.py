@@ -6,9 +6,9 @@ Docs: https://rulediff.github.io/rulediff_nb/features.html.md"""
 
 # %% auto #0
 __all__ = ['NOISE', 'COLOUR', 'WHITE', 'SLACK', 'BLUR', 'PLACE', 'SMEAR', 'SETTLED', 'REASONS', 'LEFT', 'OFF', 'FAINT', 'HUE',
-           'CHROMA', 'rect_slopes', 'Oval', 'oval_slopes', 'Layout', 'layout', 'Boxes', 'first_boxes', 'shape_slopes',
-           'first_theta', 'neighbours', 'Scene', 'scene', 'fit_scene', 'off_colour', 'leftover', 'verdict',
-           'features_type', 'with_gradient', 'one_thread']
+           'CHROMA', 'TINT', 'rect_slopes', 'Oval', 'oval_slopes', 'Layout', 'layout', 'Boxes', 'first_boxes',
+           'shape_slopes', 'first_theta', 'neighbours', 'Scene', 'scene', 'fit_scene', 'off_colour', 'leftover',
+           'verdict', 'features_type', 'with_gradient', 'one_thread']
 
 # %% ../nbs/02_features.ipynb #7648f274
 from collections.abc import Callable, Iterator, Sequence
@@ -500,12 +500,14 @@ REASONS = ('read', 'not finite', 'an object is missing', 'something else is ther
            'wrong colour')
 LEFT, OFF, FAINT = .05, .5, .15 # gates: coherent leftover per contrast; slack, and place, in px; weakest absorption
 HUE, CHROMA = 15/180, .1        # gates: hue beyond the palette's range, in turns; for greys largest less smallest of red, green, blue
+TINT = .15                      # gate: largest difference from a known colour, in red, green or blue
 
 def off_colour(
     task:Task,  # the world
     rgb:Tensor, # (n,k,3) one colour per object
 )->Tensor:      # (n,k) how far beyond its range in the palette, in gates: 1 is refused
-    "Warm and cool objects by their hue, grey ones by their chroma; how dark or pale an object is does not count."
+    "Warm and cool objects by their hue, grey ones by their chroma, however dark or pale they are; known colours by all they are."
+    if task.palette == 'pure': return (rgb - 1 + layout(task).ink[:-1].to(rgb)).abs().amax(2)/TINT
     hsv, out = rgb_to_hsv(rgb.clamp(0, 1)), []
     for k, name in enumerate(task.colours):
         (lo, hi), (_, s), (_, v) = PALETTE[name]

@@ -83,7 +83,8 @@ def test_a_ruler_that_is_off_shows_in_the_certificate(monkeypatch):
     read = type(CIRCLES).features
     monkeypatch.setattr(type(CIRCLES), "features", lambda self, x: (f := read(self, x))._replace(r2=1.02*f.r2))
     row = certify(CIRCLES, clean, 32)
-    assert row.bias == pytest.approx(math.log(1.02), abs=1e-3) and row.within_1 == 0 and row.within_5 == row.readable and row.length_px > .05
+    assert row.bias == pytest.approx(math.log(1.02), abs=1e-3) and row.length_px > .05
+    assert row.within_1 == 0 and row.within_5 == row.readable
 
 
 def test_a_ruler_that_always_answers_shows_in_the_refusals(monkeypatch):
@@ -112,7 +113,8 @@ def stored(name): return list(csv.DictReader((ROOT/"results/certificate"/f"{name
 
 def test_the_stored_certificate_is_whole():
     have = {(r["world"], r["palette"], r["kind"], float(r["amount"])) for r in stored("certificate")}
-    assert have == {(w, p, c.kind, float(c.amount)) for w in TASKS for p in ("paper", "pure") for c in conditions()}
+    kinds = dict(paper=conditions(), pure=[c for c in conditions() if c.kind != "corner colours"])   # one colour has no corners
+    assert have == {(w, p, c.kind, float(c.amount)) for w in TASKS for p in kinds for c in kinds[p]}
 
 
 def test_the_stored_refusals_are_whole():
@@ -123,7 +125,8 @@ def test_the_stored_refusals_are_whole():
 @pytest.mark.parametrize("world", ["two_squares", "sun_shadow"])
 def test_the_stored_certificate_is_what_the_ruler_gives_today(world):
     "Small differences in arithmetic between machines may move one image across a gate."
-    row = next(r for r in stored("certificate") if (r["world"], r["palette"], r["kind"], r["amount"]) == (world, "paper", "size", "32"))
+    key = (world, "paper", "size", "32")
+    row = next(r for r in stored("certificate") if (r["world"], r["palette"], r["kind"], r["amount"]) == key)
     new = certify(world, conditions("size")[1], int(row["n"]))
     assert new.readable == pytest.approx(float(row["readable"]), abs=1.5/new.n)
     assert new.length_px == pytest.approx(float(row["length_px"]), abs=2e-4)

@@ -19,7 +19,7 @@ before = peak()
 x = task.sample({n}, 0)[0]
 drawn = peak()
 task.features(x[:{read}])
-print(f"{{before:.2f}} GiB before, {{x.nbytes/2**30:.2f}} GiB of images, {{drawn:.2f}} GiB after drawing, {{peak():.2f}} GiB after reading {read}")
+print(f"{{before:.2f}} GiB before, images {{x.nbytes/2**30:.2f}} GiB, {{drawn:.2f}} GiB when drawn, {{peak():.2f}} when {read} are read")
 """
 
 
@@ -30,16 +30,19 @@ def figure_report():
         if what == "floor measured too": real_images.cache_clear()
         start = time.perf_counter()
         rule_report(task, x)
-        yield f"{time.perf_counter() - start:8.2f} s  rule_report with 1000 resamples on {len(x)} images, {torch.get_num_threads()} threads, {what}"
+        took = time.perf_counter() - start
+        yield f"{took:8.2f} s  rule_report, 1000 resamples, {len(x)} images, {torch.get_num_threads()} threads, {what}"
 
 
 def figure_memory():
     for size, read in ((32, 10_000), (128, 500)):
-        out = subprocess.run([sys.executable, "-c", PEAK.format(size=size, n=10_000, read=read)], capture_output=True, text=True, check=True)
+        code = PEAK.format(size=size, n=10_000, read=read)
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         yield f"peak memory, 10000 images of {size} px: {out.stdout.strip()}"
 
 
 def bench_import():
     def run(code): return lambda: subprocess.run([sys.executable, "-c", code], check=True)
     plain = "import torch, matplotlib, PIL\nfrom diffusers import DDPMScheduler, UNet2DModel"
-    return "cold import: torch, matplotlib, diffusers' model and scheduler -> rulediff_nb.all", run(plain), run("from rulediff_nb.all import *")
+    what = "cold import: torch, matplotlib, diffusers' model and scheduler -> rulediff_nb.all"
+    return what, run(plain), run("from rulediff_nb.all import *")
