@@ -150,20 +150,21 @@ def plot_rule(
     colour:str='model', # a key of `COLOURS`
     ax=None,           # matplotlib axes to draw into; None: a new figure
 ):                     # the figure
-    "Scatter `b` against `a` with the rule's line b = a; non-finite points are left out and counted in the legend."
+    "Scatter `b` against `a` with the line b = a; what is not finite is only counted, a triangle at the top stands for a higher point."
     import matplotlib.pyplot as plt
     if ax is None:
         fig, ax = plt.subplots(figsize=(3, 3)); plt.close(fig)
-    top = 0.
     sets = [] if floor is None else [(*floor, 'real', COLOURS['real'])]
-    for p, q, name, c in [*sets, (a, b, label, COLOURS[colour])]:
-        p, q = to_numpy(p), to_numpy(q)
-        ok = np.isfinite(p) & np.isfinite(q)
-        name = f"{name}, {ok.sum()} of {len(p)}"
-        ax.scatter(p[ok], q[ok], s=5, alpha=.5, color=c, linewidths=0, label=name)
-        if ok.any(): top = max(top, p[ok].max(), np.quantile(q[ok], .99))
-    ax.plot([0, top], [0, top], lw=.8, color='k')
-    ax.set(xlabel='a', ylabel='b', title=title, xlim=(0, 1.08*top or 1), ylim=(0, 1.15*top or 1))
+    sets = [(to_numpy(p), to_numpy(q), *rest) for p, q, *rest in [*sets, (a, b, label, COLOURS[colour])]]
+    ok = [np.isfinite(p) & np.isfinite(q) for p, q, *_ in sets]
+    def height(p, q): return max(p.max(), min(np.quantile(q, .99), 1.3*p.max()))
+    top = max([height(p[k], q[k]) for (p, q, *_), k in zip(sets, ok) if k.any()], default=0.) or 1.
+    ax.plot([0, 1.08*top], [0, 1.08*top], lw=.8, color='k', zorder=0)
+    for (p, q, name, c), k in zip(sets, ok):
+        high = k & (q > 1.15*top)
+        ax.scatter(p[k & ~high], q[k & ~high], s=5, alpha=.5, color=c, linewidths=0, label=f"{name}, {k.sum()} of {len(p)}")
+        if high.any(): ax.scatter(p[high], np.full(high.sum(), 1.12*top), s=12, marker='^', color=c, linewidths=0)
+    ax.set(xlabel='a, demanded side of the rule', ylabel='b, other side', title=title, xlim=(0, 1.08*top), ylim=(0, 1.15*top))
     ax.legend(fontsize=7, loc='upper left', frameon=False)
     ax.figure.tight_layout()
     return ax.figure

@@ -314,3 +314,11 @@ def test_a_decoy_that_crashes_is_no_decoy():
 
 
 def test_names_exported_exist(): assert all(hasattr(core, k) for k in core.__all__)
+
+
+def test_plot_rule_marks_what_lies_beyond_the_frame():
+    a, b = torch.linspace(.1, 1, 50), torch.linspace(.1, 1, 50)
+    b[:3] = 9.
+    ax = plot_rule(a, b).axes[0]
+    inside, beyond = (c.get_offsets() for c in ax.collections)
+    assert len(inside) == 47 and len(beyond) == 3 and ax.get_ylim()[1] < 2 and (beyond[:, 1] < ax.get_ylim()[1]).all()
