@@ -95,6 +95,13 @@ def form(nb, name):
     return out
 
 
+def without_alt(nb, name):
+    "Figures of a lesson that say nothing to those who cannot see them."
+    if not re.match(r"0|1\d|2\d", name) or name in FIRST_FORM: return []
+    return [f"cell {i}: a figure without fig-alt" for i, c in enumerate(nb["cells"]) if "fig-alt" not in source(c)
+            and any(m.startswith("image/") for o in c.get("outputs", []) for m in o.get("data", {}))]
+
+
 def installs(nb):
     "Lesson cells that reach outside: any shell or pip line but the one install line."
     line = re.compile(rf"(?m)^\s*[%!](?!(?:pip install -q {NAME}|matplotlib inline|config InlineBackend.*|time|timeit)\b).*$")
@@ -114,6 +121,8 @@ class TestNotebook:
     def test_form(self, path): assert not form(read_nb(path), path.name)
 
     def test_reaches_for_nothing(self, path): assert not installs(read_nb(path))
+
+    def test_figures_have_words(self, path): assert not without_alt(read_nb(path), path.name)
 
 
 def test_notebooks_use_lower_numbers_only():
@@ -143,7 +152,8 @@ GOOD = dict(metadata={}, cells=[
     md("## Exercise 1 (5 minutes)"), md("## What we now know"), md("## Differences from the paper")])
 
 
-def complaints(nb): return faults(nb) + mixed(nb) + rhythm(nb) + form(nb, "00_core.ipynb") + installs(nb)
+def complaints(nb):
+    return faults(nb) + mixed(nb) + rhythm(nb) + form(nb, "00_core.ipynb") + installs(nb) + without_alt(nb, "00_core.ipynb")
 
 
 def test_a_good_notebook_passes(): assert not complaints(GOOD)
@@ -156,7 +166,8 @@ def test_a_good_notebook_passes(): assert not complaints(GOOD)
     (2, code("#| default_exp tasks")),
     (5, md("only words")), (5, code("#| hide\nf()")), (5, code("#| eval: false\nf()")),
     (8, md("nothing")), (9, md("nothing")), (10, md("nothing")),
-    (5, code("f()", out("image/png", base64.b64encode(bytes(60_001)).decode()))),
+    (5, code('#| fig-alt: "x"\nf()', out("image/png", base64.b64encode(bytes(60_001)).decode()))),
+    (5, code("f()", out("image/png", base64.b64encode(bytes(60)).decode()))),
     (5, code("f()", out("text/html", "x"*60_001))),
     (5, code("f()", stream("saved in /" + "tmp/x.png"))), (5, code("f()", out("text/plain", "/" + "home/me/x"))),
     (5, code("import math\nmath.pi")), (5, code("def f():\n    import math\n    return math.pi\nf()")),
