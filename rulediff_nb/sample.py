@@ -20,7 +20,7 @@ from torch import Tensor
 import rulediff_nb
 from .core import check_int, row_generator, row_noise
 from .store import StoreError, list_releases, load_release
-from .tasks import TASKS
+from .tasks import get_task
 from .unet import Recipe, RuleUNet
 
 # %% ../nbs/08_sample.ipynb #9b6ebca3
@@ -152,7 +152,7 @@ def load_pretrained(
     device:torch.device|str|None=None, # where the model goes; None: the CPU
 )->RuleUNet:               # in eval mode, float32; its manifest is `.manifest`
     "Load shipped weights; ValueError for an unknown name, StoreError for files that are missing or changed."
-    if name not in TASKS: raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    get_task(name)   # ValueError for an unknown one
     key, there = f'{name}-{palette}', list_releases(folder)
     if key not in there: raise StoreError(f"no weights {key!r} in {folder}; there are: {', '.join(there) or 'none'}")
     tensors, manifest = load_release(folder, key)

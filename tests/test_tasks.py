@@ -2,7 +2,8 @@
 import colorsys
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy import stats
 from rulediff_nb.core import to_8bit
 from rulediff_nb.features import features_type  # noqa: F401  (gives every task its `features`)
 from rulediff_nb.tasks import (
+    METHODS,
     PALETTE,
     PURE,
     TASKS,
@@ -22,13 +24,16 @@ from rulediff_nb.tasks import (
     Perspective,
     Rect,
     SunShadow,
+    Task,
     TwoCircles,
     TwoSquares,
+    check_task,
     disc_coverage,
     draw_rgb,
     get_task,
     hsv_to_rgb,
     rect_coverage,
+    register,
 )
 
 torch.set_num_threads(1)
@@ -522,3 +527,143 @@ def test_matplotlib_draws_the_same(name, n):
 def test_a_task_can_be_changed_in_one_field():
     assert TwoCircles().with_(size=64) == replace(TwoCircles(), size=64)
     with pytest.raises(TypeError): TwoCircles().with_(colour="red")
+
+
+# ---------------------------------------------------------------- worlds of a reader's own
+
+SQUARES = {k: TwoSquares.__dict__[k] for k in (*METHODS, "colours", "Factors", "length", "n_uniform", "inside")}
+
+
+def world(base=TwoSquares, **own):
+    "An instance of a class with some attributes of its own."
+    return type("Mine", (base,), {"name": "mine", **own})()
+
+
+class Swapped(NamedTuple):
+    "Colours first: not what the ruler expects."
+    rgb: torch.Tensor
+    l2: torch.Tensor
+
+
+class Reserved(NamedTuple):
+    "A field that the ruler needs for itself."
+    l2: torch.Tensor
+    error: torch.Tensor
+    rgb: torch.Tensor
+
+
+class Half(NamedTuple):
+    "Too few fields for two squares."
+    l1: torch.Tensor
+    l2: torch.Tensor
+    rgb: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Annotated(TwoSquares):
+    "A name that dataclass takes for a field."
+    name: str = "annotated"
+
+
+@dataclass(frozen=True)
+class Unspoken(TwoSquares):
+    "A field that no file can hold."
+    name = "unspoken"
+    ink: object = torch.float32
+
+
+def draw(self, u, rgb): return TwoSquares.draw(self, u, rgb)
+
+
+def shapes(f): return TwoSquares.shapes(TASKS["two_squares"], f)
+
+
+@pytest.mark.parametrize("size", [16, 32, 100])
+@pytest.mark.parametrize("palette", ["paper", "pure"])
+@names
+def test_the_five_worlds_keep_their_promises(name, palette, size):
+    task = get_task(name, palette=palette, size=size)
+    assert check_task(task) is task
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_missing_method_is_named(method):
+    own = {k: v for k, v in SQUARES.items() if k != method}
+    with pytest.raises(ValueError, match=f"Mine: these methods are missing: {method}$"): check_task(world(Task, **own))
+
+
+def test_all_that_is_missing_is_named_at_once():
+    with pytest.raises(ValueError, match=", ".join(METHODS)): check_task(world(Task))
+
+
+@pytest.mark.parametrize("word,task", [
+    ("class variables", Annotated()), ("plain values", Unspoken()), ("`name`", world(name="")), ("`name`", world(name=3)),
+    ("`colours`.*pink", world(colours=("warm", "pink"))), ("`colours`", world(colours=())),
+    ("last field is rgb.*'rgb', 'l2'", world(Factors=Swapped)), ("last field is rgb", world(Factors=tuple)),
+    ("error.*rename", world(Factors=Reserved)),
+    ("`length`.*'r2'", world(length="r2")), ("`length`.*'rgb'", world(length="rgb")),
+    ("draw fails: IndexError", world(n_uniform=2)),
+    ("draw must give SquareFactors, got tuple", world(draw=lambda self, u, rgb: tuple(draw(self, u, rgb)))),
+    ("draw fails: TypeError", world(Factors=Half, draw=lambda self, u, rgb: Half(u[:, 0], rgb))),
+    ("draw must give.*got float", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=.2))),
+    ("draw must give.*got.*int64", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(x1=torch.zeros(len(u), dtype=torch.long)))),
+    ("draw must give.*64, 1", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=u[:, :1]))),
+    ("draw gives numbers that are not finite", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=u[:, 0]/0))),
+    ("pass the colours on", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(rgb=rgb[:, 0]))),
+    ("draw mixes rows", world(draw=lambda self, u, rgb: draw(self, u[torch.argsort(u[:, 0])], rgb))),
+    ("inside must give.*bool.*float", world(inside=lambda self, f: f.l2)),
+    ("no scene", world(inside=lambda self, f: f.l2 > 2)),
+    ("one Rect or Disc for each", world(shapes=lambda self, f: shapes(f)[:1])),
+    ("one Rect or Disc", world(shapes=lambda self, f: shapes(f)[0])),
+    ("one Rect or Disc", world(shapes=lambda self, f: [tuple(s) for s in shapes(f)])),
+    ("shapes must give", world(shapes=lambda self, f: (shapes(f)[0], Disc(f.x2, f.y2, .1)))),
+    ("shapes fails: AttributeError", world(shapes=lambda self, f: f.radius)),
+    ("overlap", world(shapes=lambda self, f: (shapes(f)[0], shapes(f)[0]))),
+    ("sides differ: .* in row 0", world(sides=lambda self, f: (1.4*f.l1, f.l2))),
+    ("sides must give a tuple", world(sides=lambda self, f: f.l1)), ("sides must give", world(sides=lambda self, f: (f.l1*1.5, 0.))),
+    ("negative", world(sides=lambda self, f: (-1.5*f.l1, -f.l2))),
+    ("dependent must give l2", world(dependent=lambda self, f: (1.5*f.l1, f.l2))),
+    ("predicts another l2", world(dependent=lambda self, f: (f.l2, f.l1))),
+    ("coarse must give.*bool.*float", world(coarse=lambda self, f: f.l2 - f.l1)),
+    ("coarse must give.*got bool", world(coarse=lambda self, f: True)),
+    ("coarse must give.*64, 2", world(coarse=lambda self, f: torch.stack([f.l2 > f.l1]*2, 1))),
+    ("coarse does not hold", world(coarse=lambda self, f: f.l2 > .3)),
+    ("with_dependent must set l2", world(with_dependent=lambda self, f, length: f._replace(l1=length))),
+    ("with_dependent must set l2", world(with_dependent=lambda self, f, length: None)),
+    ("do not notice", world(sides=lambda self, f: (f.l1, f.l1))),
+    ("break_coarse fails: NotImplementedError", world(break_coarse=lambda self, f: exec("raise NotImplementedError"))),
+    ("break_coarse leaves", world(break_coarse=lambda self, f: f)),
+    ("no scene.*'up'", world(inside=lambda self, f: TwoSquares.inside(self, f) & (f.l2 <= 1.5*f.l1 + .01)))])
+def test_what_is_wrong_with_a_world_is_said(word, task):
+    with pytest.raises(ValueError, match=f"^{type(task).__name__}[:.].*(?:{word})"): check_task(task)
+
+
+@pytest.mark.parametrize("thing", [TwoSquares, "two_squares", None])
+def test_what_is_no_world_is_refused(thing):
+    with pytest.raises(TypeError, match="an instance of Task"): check_task(thing)
+
+
+def test_a_world_is_registered(monkeypatch):
+    monkeypatch.setattr("rulediff_nb.tasks.TASKS", dict(TASKS))
+    task = world()
+    with pytest.raises(ValueError, match="'mine'.*register"): get_task("mine")
+    assert register(task) is task and get_task("mine") is not None and get_task(**task.with_(size=48).spec()) == task.with_(size=48)
+    assert register(task.with_(palette="pure")) == get_task("mine")   # the same class may say again how it is meant
+    with pytest.raises(ValueError, match="these methods"): register(world(Task, name="other"))
+    with pytest.raises(ValueError, match="unknown task 'other'"): get_task("other")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mine"])
+def test_a_taken_name_is_refused(name, monkeypatch):
+    monkeypatch.setattr("rulediff_nb.tasks.TASKS", dict(TASKS))
+    register(world())
+    with pytest.raises(ValueError, match=f"'{name}' is taken by"): register(world(name=name))
+    assert NAMES == list(TASKS)
+
+
+def test_a_cell_may_be_run_again(monkeypatch):
+    monkeypatch.setattr("rulediff_nb.tasks.TASKS", dict(TASKS))
+    first, again = world(__module__="__main__"), world(__module__="__main__")
+    register(first), register(again)
+    assert type(get_task("mine")) is type(again) is not type(first)
+    with pytest.raises(ValueError, match="taken by Mine"): register(world(__module__="__main__", __qualname__="Other"))
