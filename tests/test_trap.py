@@ -2,10 +2,11 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from rulediff_nb.tasks import TASKS, Task, get_task
+from rulediff_nb.tasks import TASKS, Task
 from rulediff_nb.trap import Choices, blunt_read, crop_and_decode, crop_box, cropped, enlarged, line_fit, outlines, same_bin, to_bytes
 
 YELLOW, BLUE, GREY = (1., 1., -1.), (-1., -1., 1.), (-.2, -.2, -.2)
@@ -41,15 +42,17 @@ def test_a_choice_moves_the_end_that_it_names(choice, a, b):
 def test_the_mirror_image_reads_nearly_the_same():
     x = SCENES["sun_shadow"][0]
     one, two = blunt_read(TASKS["sun_shadow"], x), blunt_read(TASKS["sun_shadow"], x.flip(3))
-    assert abs(one.a - two.a) <= 32/128**2 and one.b == two.b   # the sun's centre is cut to a whole pixel
+    assert abs(one.a - two.a)*128**2 <= 2*32 + 1e-9 and one.b == two.b   # an outline runs through pixel centres, cut to whole pixels
 
 
-def test_discs_are_read_to_a_pixel_of_the_enlarged_image():
-    task = get_task("two_circles", palette="pure")
-    pure, f = task.sample(50, seed=0)
-    r = blunt_read(task, pure.where((pure > pure.amax(1, keepdim=True) - 1e-6).all(1, keepdim=True), pure))
-    assert r.detected.shape == (50,) and (r.b[r.detected]*128 % 1 == 0).all()
-    assert not r.detected.any() or ((r.b - f.r2).abs()[r.detected]*128).median() < 3
+def test_discs_are_read_to_a_few_pixels_of_the_enlarged_image():
+    task = TASKS["two_circles"]
+    f = task.factors(50, seed=0)
+    f = f._replace(rgb=torch.tensor([[1., 1., 0.], [0., 0., 1.]]).expand(50, -1, -1))
+    r = blunt_read(task, task.render(f))
+    assert r.detected.double().mean() > .9 and (r.b[r.detected]*128 % 1 == 0).all()
+    off = ((r.b - f.r2)*128)[r.detected]
+    assert off.abs().median() < 4 and off.abs().max() > .5   # blunt, but not lost
 
 
 def test_orange_falls_through():
@@ -57,6 +60,13 @@ def test_orange_falls_through():
     orange = (1., .0, -1.)
     r = blunt_read(TASKS["two_squares"], picture((2, 3, 8, 8, orange), (18, 12, 12, 12, BLUE)))
     assert not r.detected.any() and r.a.isnan().all() and r.b.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["two_circles", "two_squares"])
+def test_a_third_object_is_refused(name):
+    two = (2, 3, 8, 8, YELLOW), (18, 12, 12, 12, BLUE)
+    assert blunt_read(TASKS[name], picture(*two)).detected.all()
+    assert not blunt_read(TASKS[name], picture(*two, (2, 20, 8, 8, (-1., -1., -1.)))).detected.any()
 
 
 @pytest.mark.parametrize("name", [n for n in TASKS if n != "sun_shadow_free"])
@@ -82,7 +92,7 @@ def test_a_world_without_a_reader_is_named():
                                        (torch.full((1, 3, 32, 32), 255.), ValueError),
                                        (torch.ones(1, 3, 32, 32, dtype=torch.uint8), TypeError), ([1.], TypeError)])
 def test_bad_images_are_refused(bad, error):
-    with pytest.raises(error, match="images must be"): blunt_read(TASKS["two_circles"], bad)
+    with pytest.raises(error, match="images must "): blunt_read(TASKS["two_circles"], bad)
 
 
 def test_missing_opencv_names_the_extra(monkeypatch):
@@ -94,7 +104,8 @@ def test_missing_opencv_names_the_extra(monkeypatch):
 def test_bytes_are_those_of_a_file():
     x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert to_bytes(x)[0, :, :, 0].flatten().tolist() == list(range(256))
-    assert to_bytes(1.2*x).min() == 0 and to_bytes(1.2*x).max() == 255
+    beyond = to_bytes(1.2*x)[0, :, :, 0].flatten()
+    assert (np.diff(beyond.astype(int)) >= 0).all() and beyond[0] == 0 and beyond[-1] == 255
 
 
 def test_outlines_come_largest_first_and_not_below_the_limit():
@@ -117,7 +128,6 @@ def test_a_crop_depends_on_seed_and_row_alone():
 
 
 def test_crops_stay_inside_and_in_range():
-    import numpy as np
     boxes = [crop_box(np.random.default_rng(i), 32) for i in range(500)]
     for top, left, h, w in boxes:
         assert min(top, left) >= 0 and top + h <= 32 and left + w <= 32
