@@ -1,4 +1,4 @@
-"""A ruler must be measured before it measures: sent through blunt thresholds at 32 pixels, images that keep the rule perfectly look as if they broke it.
+"""A ruler must be measured before it measures: sent through blunt thresholds at 32 pixels, images that keep the rule perfectly look as if they kept it only roughly.
 
 Docs: https://rulediff.github.io/rulediff_nb/trap.html.md"""
 
@@ -9,10 +9,9 @@ __all__ = ['UP', 'SUN', 'POLE', 'SHADOW', 'WARM_BAR', 'COOL_BAR', 'NAMED', 'READ
            'outlines', 'enlarged', 'Reading', 'blunt_read', 'crop_box', 'cropped', 'crop_and_decode', 'Line',
            'line_fit', 'same_bin']
 
-# %% ../nbs/03b_trap.ipynb #205b5b18
+# %% ../nbs/03b_trap.ipynb #ca3dc3e3
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.nn.functional import interpolate
 from .core import check_images, row_generator
 from .tasks import Perspective, SunShadow, Task, TwoCircles, TwoSquares
 
-# %% ../nbs/03b_trap.ipynb #6db18338
+# %% ../nbs/03b_trap.ipynb #4143e968
 UP = 128 # pixels per side after enlarging
 SUN, POLE, SHADOW = [((0, 50, 200), (60, 255, 255))], [((90, 50, 50), (150, 255, 255))], [((0, 0, 0), (180, 150, 220))]
 WARM_BAR, COOL_BAR = [((0, 20, 100), (100, 255, 255))], [((60, 20, 20), (180, 255, 255))]
@@ -51,7 +50,8 @@ def to_bytes(
     x:Tensor, # (n,3,s,s) in [-1,1]
 )->np.ndarray: # (n,s,s,3) uint8, RGB
     "Images as they are stored in files; NaN becomes mid grey."
-    return (check_images(x).detach().cpu().nan_to_num(0.).clamp(-1, 1)*127.5 + 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    x = check_images(x).detach().cpu().nan_to_num(0.).clamp(-1, 1)
+    return (x*127.5 + 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 def outlines(
     hsv:np.ndarray,   # (s,s,3) uint8, OpenCV HSV
@@ -71,7 +71,7 @@ def enlarged(
     cv = _opencv()
     return cv.cvtColor(cv.resize(image, (UP, UP), interpolation=cv.INTER_AREA), cv.COLOR_RGB2HSV)
 
-# %% ../nbs/03b_trap.ipynb #6f42a4fe
+# %% ../nbs/03b_trap.ipynb #00de4aad
 def _sun(
     hsv:np.ndarray, c:Choices, # one enlarged image; the open choices
 )->tuple[float,float]|None:    # a, b; None: not detected
@@ -140,7 +140,7 @@ def blunt_read(
     a, b = torch.tensor(rows, dtype=torch.float64).view(-1, 2).unbind(1)
     return Reading(a, b, a.isfinite())
 
-# %% ../nbs/03b_trap.ipynb #33437d77
+# %% ../nbs/03b_trap.ipynb #4a3ba414
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB in [0,1], as torchvision's models take them
 
 def crop_box(
@@ -172,7 +172,7 @@ def crop_and_decode(
     mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     return (((cropped(x, seed) + 1)/2 - mean)/std).clamp(-1, 1)
 
-# %% ../nbs/03b_trap.ipynb #eb78cb8d
+# %% ../nbs/03b_trap.ipynb #806f8374
 class Line(NamedTuple):
     "An ordinary least-squares line."
     slope:float     # of b on a
