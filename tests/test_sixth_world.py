@@ -1,4 +1,5 @@
 "A world that the package has never heard of goes through sampling, ruler, metrics, violations, training and files."
+import functools
 import json
 import math
 import subprocess
@@ -6,11 +7,13 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from tree import NBS, ROOT, clean_env, read_nb, source
 
+from rulediff_nb import cli
 from rulediff_nb.core import to_8bit
 from rulediff_nb.metrics import ROWS, rule_report
 from rulediff_nb.sample import load_pretrained, sample
@@ -151,6 +154,16 @@ def test_a_model_of_an_unknown_world_says_so(wheel, tmp_path):
     with pytest.raises(StoreError, match=f"two_squares-paper.*{said}"): load_pretrained("two_squares", "paper", folder=tmp_path/"w")
     register(wheel)
     assert sample(model, 1, 1).shape == (1, 3, 16, 16)
+
+
+def test_the_commands_find_it(wheel, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "unet", functools.partial(unet, **SMALL, prediction="sample", contrast=0.))
+    monkeypatch.setitem(cli.REPORT, "steps", 1)
+    cli.train("wheel", steps=2, n=8, score=64, out=str(tmp_path), weights=str(tmp_path/"w"))
+    assert load_pretrained("wheel", folder=tmp_path/"w").manifest["steps"] == 2
+    np.savez(tmp_path/"x.npz", ((wheel.sample(8, 0)[0] + 1)*127.5).round().byte().numpy())
+    assert cli.main(["report", "--task", "wheel", "--images", str(tmp_path/"x.npz"), "--per-image", str(tmp_path/"i.csv")]) == 0
+    assert "name=wheel" in capsys.readouterr().out and len((tmp_path/"i.csv").read_text().splitlines()) == 9
 
 
 PROCESS = """
