@@ -6,11 +6,11 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'check_images', 'check_range', 'to_8bit',
-           'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'explore', 'in_test',
-           'progress', 'Exercise']
+           'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'explore',
+           'in_test', 'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
-import math, os, sys, warnings
+import io, math, os, sys, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -205,6 +205,21 @@ def plot_panels(
     fig.tight_layout()
     plt.close(fig)
     return fig
+
+# %% ../nbs/00_core.ipynb #a11ce002
+def light(
+    fig,             # a matplotlib figure
+    colours:int=32,  # in the picture, at most 256
+    dpi:int=150,     # pixels per inch; shown as if they were 100
+):                   # an IPython image
+    "The figure as a PNG of few colours, which keeps a notebook small."
+    from IPython.display import Image as Shown
+    from PIL import Image
+    sharp, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(sharp, dpi=dpi, format='png')
+    picture = Image.open(sharp).convert('RGB')
+    picture.quantize(check_int(colours, 'colours', 2, 256), dither=Image.Dither.NONE).save(small, 'png', optimize=True)
+    return Shown(small.getvalue(), width=picture.width*100//dpi)
 
 # %% ../nbs/00_core.ipynb #b2fd317c
 def explore(
