@@ -173,17 +173,17 @@ class Row(NamedTuple):
     amount:float   # by how much
     n:int          # images
     readable:float # share of n
-    readable_low:float
-    readable_high:float
+    readable_low:float # Wilson's 95 % interval
+    readable_high:float # its upper end
     within_1:float # share of n
-    within_1_low:float
-    within_1_high:float
+    within_1_low:float # Wilson's 95 % interval
+    within_1_high:float # its upper end
     within_5:float # share of n
-    within_5_low:float
-    within_5_high:float
+    within_5_low:float # Wilson's 95 % interval
+    within_5_high:float # its upper end
     bias:float     # median log ratio of the readable
-    bias_low:float
-    bias_high:float
+    bias_low:float # bootstrap's 95 % interval
+    bias_high:float # its upper end
     length_px:float # median error of the dependent length, pixels
     length_px_90:float # 90 % quantile of it
     px:str         # median and 90 % error of every number, pixels, as "name median/90 %"
@@ -412,7 +412,7 @@ class Refusal(NamedTuple):
     n:int          # images that carry the fault
     accepted:float # share that was read all the same
     low:float      # Wilson's 95 % interval
-    high:float
+    high:float     # its upper end
     coarse:float   # share that was read and obeys the coarse rule
     why:str        # the most frequent reason of refusal
 

@@ -19,7 +19,7 @@ LIBS = {  # library -> the only modules that may import it
     "accelerate": {"train", "sample", "classifier", "cli"}, "huggingface_hub": {"store", "unet", "sample", "cli"},
     "nbdev": set(), "scipy": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
-APART = {"cli", "trap"}  # not in all.py: trap needs OpenCV, which only the dev extra brings
+APART = {"cli", "trap", "certificate"}
 
 
 def imports(tree):
