@@ -125,7 +125,8 @@ def show(
     x = check_images(x).detach().float().cpu().clamp(-1, 1)
     cols = min(check_int(cols, 'cols', 1), max(len(x), 1))
     rows = max(math.ceil(len(x)/cols), 1)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*scale, rows*scale*(1.25 if titles else 1)), squeeze=False)
+    lines = max((t.count('\n') + 1 for t in titles), default=0)
+    fig, axes = plt.subplots(rows, cols, figsize=(cols*scale, rows*(scale + .2*lines)), squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
     for i, (ax, img) in enumerate(zip(axes.flat, x)):
         ax.imshow((img.permute(1, 2, 0) + 1)/2, interpolation='nearest')
