@@ -125,6 +125,11 @@ def _soft(task, n, seed, sigma):
     f = task.factors(n, seed)
     return task, soften(task, f, sigma), f
 
+def _both(task, n, seed, sigma):
+    "Blurred scenes with noise of .02."
+    f = task.factors(n, seed)
+    return task, _noisy(soften(task, f, sigma), .02, seed), f
+
 def _noisy(x, sigma, seed): return (x + 2*sigma*row_noise(seed, range(len(x)), x.shape[1:], 42)).clamp(-1, 1)
 
 KINDS = {  # kind -> (amounts, how it is drawn)
@@ -132,7 +137,7 @@ KINDS = {  # kind -> (amounts, how it is drawn)
     'noise': ((.005, .01, .02, .03, .05), _changed(_noisy)),
     'blur': ((.05, .1, .2, .3, .5), _soft),
     'jpeg': ((95, 75), _changed(lambda x, a, seed: jpeg(x, int(a)))),
-    'background': ((.01, .02, .03), _tinted),
+    'background': ((.01, .02, .03), _tinted), 'blur and noise': ((.3,), _both),
     'corner colours': ((1,), _corners),
     'length': ((.5, 1, 1.5, 2, 2.5, 3, 4, 6), _sized)}
 
@@ -150,6 +155,7 @@ class Reading(NamedTuple):
     a:Tensor        # (n,) log of b/a as read, less the same as drawn; 0 where not readable
     readable:Tensor # (n,) bool
     px:dict         # field -> (n,) absolute error in pixels, for what moves a shape
+    error_px:Tensor # (n,) change of (measured - demanded length) from drawn to read, in pixels
 
 def read_known(
     task:Task,    # the world
@@ -162,8 +168,10 @@ def read_known(
     off = (got.b/got.a).log() - (true[1]/true[0]).log()
     lay = layout(task)
     names = [k for k, wide in zip(lay.names, lay.spread) if wide > 1e-6]
-    return Reading(torch.where(got.readable, off, 0.), got.readable,
-                   {k: (getattr(ft, k) - getattr(f, k)).abs()*task.size for k in names})
+    length, wanted = (v.double() for v in task.dependent(f))
+    miss = ((got.measured - got.predicted) - (length - wanted)).abs()*task.size
+    px = {k: (getattr(ft, k) - getattr(f, k)).abs()*task.size for k in names}
+    return Reading(torch.where(got.readable, off, 0.), got.readable, px, miss)
 
 class Row(NamedTuple):
     "One line of the certificate."
@@ -186,6 +194,8 @@ class Row(NamedTuple):
     bias_high:float # its upper end
     length_px:float # median error of the dependent length, pixels
     length_px_90:float # 90 % quantile of it
+    error_px:float # median distance of the length from what the other readings demand, as in `rule_report`
+    error_px_90:float # 90 % quantile of it
     px:str         # median and 90 % error of every number, pixels, as "name median/90 %"
 
 def certify(
@@ -203,10 +213,11 @@ def certify(
     ratio = r.a.exp() - 1
     def middle(s): return dict(bias=torch.where(s.readable, s.a, torch.nan).nanmedian(-1).values)
     bias = interval(bootstrap(r._replace(px=ok), middle)['bias'])
-    def px(k, q): return r.px[k][ok].double().quantile(q).item() if ok.any() else math.nan
-    words = '; '.join(f'{k} {px(k, .5):.4f}/{px(k, .9):.4f}' for k in r.px)
+    def px(v, q): return v[ok].double().quantile(q).item() if ok.any() else math.nan
+    words = '; '.join(f'{k} {px(v, .5):.4f}/{px(v, .9):.4f}' for k, v in r.px.items())
+    lengths = (px(v, q) for v in (r.px[task.length], r.error_px) for q in (.5, .9))
     return Row(task.name, task.palette, condition.kind, condition.amount, m, *share(ok), *share(ok & (ratio.abs() <= .01)),
-               *share(ok & (ratio.abs() <= .05)), middle(r)['bias'].item(), *bias, *(px(task.length, q) for q in (.5, .9)), words)
+               *share(ok & (ratio.abs() <= .05)), middle(r)['bias'].item(), *bias, *lengths, words)
 
 SCHEMA = 1   # version of the columns of `Row`
 
@@ -446,4 +457,5 @@ def refusals(
         yield refusal(task, 'swapped colours', None, math.nan, task.render(f._replace(rgb=f.rgb.flip(1))), _all(f.rgb))
     for name, (draw, amounts, each) in GROWING.items():
         for k in range(len(task.colours)) if each else [None]:
-            for a in amounts if every else amounts[-1:]: yield refusal(task, name, k, float(a), *draw(task, n, seed, k, a))
+            _, carries = draw(task, n, seed, k, amounts[-1])
+            for a in amounts if every else amounts[-1:]: yield refusal(task, name, k, float(a), draw(task, n, seed, k, a)[0], carries)

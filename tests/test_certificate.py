@@ -7,10 +7,10 @@ import torch
 from scipy.stats import binomtest
 from tree import ROOT
 
-from rulediff_nb.certificate import GROWING, KINDS, certify, conditions, fixed_faults, jpeg, read_known, refusals, soften, to_csv
+from rulediff_nb.certificate import GROWING, KINDS, certify, conditions, fixed_faults, jpeg, read_known, refusal, refusals, soften, to_csv
 from rulediff_nb.core import to_8bit
 from rulediff_nb.metrics import share_interval
-from rulediff_nb.tasks import TASKS
+from rulediff_nb.tasks import TASKS, get_task
 
 CIRCLES, SUN = TASKS["two_circles"], TASKS["sun_shadow"]
 
@@ -118,15 +118,30 @@ def test_the_stored_certificate_is_whole():
 
 
 def test_the_stored_refusals_are_whole():
-    have = {(r["world"], r["palette"], r["fault"]) for r in stored("refusals")}
-    assert have >= {(w, p, k) for w in TASKS for p in ("paper", "pure") for k in GROWING}
+    have = {(r["world"], r["palette"], r["fault"], r["object"], float(r["amount"])) for r in stored("refusals") if r["fault"] in GROWING}
+    assert have == {(w, p, k, o, float(a)) for w, t in TASKS.items() for p in ("paper", "pure") for k, (_, amounts, each) in GROWING.items()
+                    for o in (t.colours if each else "-") for a in amounts}
 
 
-@pytest.mark.parametrize("world", ["two_squares", "sun_shadow"])
-def test_the_stored_certificate_is_what_the_ruler_gives_today(world):
+def pick(name, **key): return next(r for r in stored(name) if all(r[k] == v for k, v in key.items()))
+
+
+@pytest.mark.parametrize("world,palette,kind,amount", [
+    ("two_squares", "paper", "size", "32"), ("sun_shadow", "pure", "noise", "0.03"), ("perspective", "pure", "background", "0.03"),
+    ("two_circles", "paper", "length", "1.5")])
+def test_the_stored_certificate_is_what_the_ruler_gives_today(world, palette, kind, amount):
     "Small differences in arithmetic between machines may move one image across a gate."
-    key = (world, "paper", "size", "32")
-    row = next(r for r in stored("certificate") if (r["world"], r["palette"], r["kind"], r["amount"]) == key)
-    new = certify(world, conditions("size")[1], int(row["n"]))
+    row = pick("certificate", world=world, palette=palette, kind=kind, amount=amount)
+    condition = next(c for c in conditions(kind) if c.amount == float(amount))
+    new = certify(get_task(world, palette=palette), condition, int(row["n"]))
     assert new.readable == pytest.approx(float(row["readable"]), abs=1.5/new.n)
-    assert new.length_px == pytest.approx(float(row["length_px"]), abs=2e-4)
+    assert new.length_px == pytest.approx(float(row["length_px"]), abs=2e-4 + .02*float(row["length_px"]))
+
+
+@pytest.mark.parametrize("palette,fault,amount", [("pure", "wrong colour", "0.2"), ("paper", "cut off, px", "0.7"), ("paper", "missing", "0.9")])
+def test_the_stored_refusals_are_what_the_ruler_gives_today(palette, fault, amount):
+    row, world = pick("refusals", world="two_circles", palette=palette, fault=fault, object="cool", amount=amount), "two_circles"
+    task, n = get_task(world, palette=palette), int(pick("refusals", world=world, palette=palette, fault="white")["n"])
+    draw, amounts, _ = GROWING[fault]
+    new = refusal(task, fault, 1, float(amount), draw(task, n, 2, 1, float(amount))[0], draw(task, n, 2, 1, amounts[-1])[1])
+    assert new.n == int(row["n"]) and new.accepted == pytest.approx(float(row["accepted"]), abs=2.5/new.n)
