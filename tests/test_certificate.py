@@ -119,8 +119,8 @@ def test_the_stored_certificate_is_whole():
 
 def test_the_stored_refusals_are_whole():
     have = {(r["world"], r["palette"], r["fault"], r["object"], float(r["amount"])) for r in stored("refusals") if r["fault"] in GROWING}
-    assert have == {(w, p, k, o, float(a)) for w, t in TASKS.items() for p in ("paper", "pure") for k, (_, amounts, each) in GROWING.items()
-                    for o in (t.colours if each else "-") for a in amounts}
+    assert have == {(w, p, k, o, float(a)) for w, t in TASKS.items() for p in ("paper", "pure")
+                    for k, (_, amounts, each) in GROWING.items() for o in (t.colours if each else "-") for a in amounts}
 
 
 def pick(name, **key): return next(r for r in stored(name) if all(r[k] == v for k, v in key.items()))
