@@ -384,5 +384,6 @@ d = { 'settings': { 'branch': 'main',
                                   'rulediff_nb.unet.RuleUNet.condition': ('unet.html#ruleunet.condition', 'rulediff_nb/unet.py'),
                                   'rulediff_nb.unet.RuleUNet.forward': ('unet.html#ruleunet.forward', 'rulediff_nb/unet.py'),
                                   'rulediff_nb.unet.RuleUNet.predict': ('unet.html#ruleunet.predict', 'rulediff_nb/unet.py'),
+                                  'rulediff_nb.unet.grow': ('unet.html#grow', 'rulediff_nb/unet.py'),
                                   'rulediff_nb.unet.recipe': ('unet.html#recipe', 'rulediff_nb/unet.py'),
                                   'rulediff_nb.unet.unet': ('unet.html#unet', 'rulediff_nb/unet.py')}}}

@@ -31,7 +31,7 @@ from .sample import WEIGHTS, load_pretrained, sample_batches
 from .store import StoreError, list_releases, load_release, save_release, write_atomic
 from .tasks import Task, get_task
 from .train import run_weights, train_steps
-from .unet import Recipe, RuleUNet, unet
+from .unet import Recipe, RuleUNet, grow, unet
 
 # %% ../nbs/90_cli.ipynb #defaba4a
 SCHEMA = 1   # version of the columns below
@@ -200,9 +200,10 @@ def begin(
     "Set the weights that a run begins with; steps `before` it are counted, and its batches are new ones."
     if not start: return model, dict(set_seed=seed, before=0), seed
     kept, meta = run_weights(start)
-    if Recipe.from_dict(meta['recipe']).network() != model.recipe.network():
-        raise StoreError(f"{start} holds another network, or another world")
-    model.load_state_dict(kept)
+    old, new = Recipe.from_dict(meta['recipe']).network(), model.recipe.network()
+    if old | dict(attention=new['attention']) != new: raise StoreError(f"{start} holds another network, or another world")
+    try: grow(model, kept)
+    except ValueError as e: raise StoreError(f"{start}: {e}") from e
     before = meta['before'] + meta['steps']
     return model, dict(set_seed=seed, before=before), int(row_generator(seed, before, stream=11).integers(2**62))
 

@@ -138,7 +138,8 @@ def test_the_stored_certificate_is_what_the_ruler_gives_today(world, palette, ki
     assert new.length_px == pytest.approx(float(row["length_px"]), abs=2e-4 + .02*float(row["length_px"]))
 
 
-@pytest.mark.parametrize("palette,fault,amount", [("pure", "wrong colour", "0.2"), ("paper", "cut off, px", "0.7"), ("paper", "missing", "0.9")])
+@pytest.mark.parametrize("palette,fault,amount", [
+    ("pure", "wrong colour", "0.2"), ("paper", "cut off, px", "0.7"), ("paper", "missing", "0.9")])
 def test_the_stored_refusals_are_what_the_ruler_gives_today(palette, fault, amount):
     row, world = pick("refusals", world="two_circles", palette=palette, fault=fault, object="cool", amount=amount), "two_circles"
     task, n = get_task(world, palette=palette), int(pick("refusals", world=world, palette=palette, fault="white")["n"])
