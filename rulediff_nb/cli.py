@@ -7,7 +7,7 @@ Docs: https://rulediff.github.io/rulediff_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'REPORT', 'KEPT', 'ENDINGS', 'SIZES', 'LIBRARIES', 'COMMANDS', 'Line', 'report_lines',
            'text_table', 'csv_table', 'check_folder', 'draw', 'measure_model', 'readable_sides', 'demo', 'save_demo',
-           'train', 'begin', 'release', 'Problem', 'Images', 'read_images', 'load_images', 'markdown_report',
+           'train', 'changes', 'begin', 'release', 'Problem', 'Images', 'read_images', 'load_images', 'markdown_report',
            'image_table', 'report', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #f4308eb7
@@ -31,7 +31,7 @@ from .sample import WEIGHTS, load_pretrained, sample_batches
 from .store import StoreError, list_releases, load_release, save_release, write_atomic
 from .tasks import Task, get_task
 from .train import run_weights, train_steps
-from .unet import Recipe, RuleUNet, grow, unet
+from .unet import PRESETS, Recipe, RuleUNet, grow, unet
 
 # %% ../nbs/90_cli.ipynb #defaba4a
 SCHEMA = 1   # version of the columns below
@@ -175,19 +175,29 @@ def train(
     score:int=1024,        # images for the manifest's report
     start:str='',          # folder of a finished run of the same network to go on from; empty: from nothing
     lr:float=0.,           # peak learning rate, 0: the preset's
+    attention:bool=False,  # attention at every resolution but the first; a run that goes on may add it
 ):
     "Train a model on a world, resuming a checkpoint of the same run, and write weights with a manifest."
     world = get_task(task, palette=palette)
     check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(score, 'score', 64)
     x0, _ = world.sample(check_int(n, 'n') or world.paper_n, seed)
-    if lr < 0: raise ValueError(f"lr must be positive, or 0 for the preset's, got {lr}")
-    model, remarks, batches = begin(unet(preset, world, seed, **(dict(lr=lr) if lr else {})), seed, start)
+    model, remarks, batches = begin(unet(preset, world, seed, **changes(preset, lr, attention)), seed, start)
     tail = f'-after-{remarks["before"]}' if start else ''
     folder = check_folder(Path(out)/f'{world.name}-{palette}-{preset}-{steps}-{seed}{tail}')
     work = train_steps(model.to(default_device()), x0, folder, steps, batches, remarks=remarks)
     for s in progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}'):
         if s.step % 100 == 0: print(f"step {s.step} of {steps}, loss {s.loss:.4f}, {s.images} images, {s.seconds:.0f} s", flush=True)
     release(folder, weights or folder, dict(REPORT, n=score))
+
+def changes(
+    preset:str,     # a key of `PRESETS`
+    lr:float,       # peak learning rate, 0: the preset's
+    attention:bool, # attention at every resolution but the first
+)->dict:            # fields of `Recipe` to change
+    "What the options of a training change in a preset; ValueError for a learning rate below 0."
+    if not 0 <= lr < 1: raise ValueError(f"lr must be in [0, 1), 0 for the preset's, got {lr}")
+    levels = len(PRESETS[preset].channels) if preset in PRESETS else 1   # an unknown preset is named by `unet`
+    return (dict(lr=lr) if lr else {}) | (dict(attention=(False,) + (True,)*(levels - 1)) if attention else {})
 
 KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'images_in_set', 'images_sha256', 'seconds',
         'hardware', 'torch', 'diffusers', 'revision')  # what a manifest takes over from the checkpoint

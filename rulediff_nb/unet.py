@@ -30,7 +30,7 @@ class Recipe:
     task:dict|None = None               # `Task.spec()` of the world
     channels:tuple[int,...] = (64, 64, 96) # width at each resolution
     layers:int = 1                      # residual blocks per resolution
-    attention:tuple[bool,...] = (False, True, True) # self-attention at each resolution
+    attention:tuple[bool,...] = (False, False, True) # self-attention at each resolution
     head_dim:int = 48                   # channels per attention head
     patch:int = 2                       # space-to-depth before the network, 1: none
     T:int = 1000                        # noise levels

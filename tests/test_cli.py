@@ -22,8 +22,9 @@ from rulediff_nb.cli import SCHEMA, SHOWN, load_images, main, read_images
 from rulediff_nb.features import REASONS
 from rulediff_nb.metrics import ROWS
 from rulediff_nb.sample import load_pretrained
-from rulediff_nb.store import load_tensors, save_release
+from rulediff_nb.store import StoreError, load_tensors, save_release
 from rulediff_nb.tasks import TASKS, get_task
+from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
@@ -602,3 +603,16 @@ def test_doctor_names_a_missing_library(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(meta, "version", version)
     status, out, _ = run(capsys, "doctor", "--out", tmp_path/"d")
     assert status == 0 and "ipywidgets" in out and "two_squares-pure" in out
+
+
+def test_a_run_goes_on_with_attention_and_another_rate(tmp_path):
+    "What a finished run has learned is where the next one begins, also where that one has attention at more resolutions."
+    assert cli.changes("laptop", 0., False) == {}
+    model, remarks, _ = cli.begin(unet("laptop", "two_squares", 3), 3, "")
+    for _ in train_steps(model, model.recipe.world.sample(8, 3)[0], tmp_path/"run", 2, 3, remarks=remarks): pass
+    more, remarks, batches = cli.begin(unet("laptop", "two_squares", 3, **cli.changes("laptop", 1e-3, True)), 3, str(tmp_path/"run"))
+    x, t = torch.zeros(2, 3, 32, 32), torch.tensor([10, 800])
+    with torch.no_grad(): assert (more.eval().predict(x, t) - model.eval().predict(x, t)).abs().max() < 1e-3
+    assert more.recipe.lr == 1e-3 and more.recipe.attention == (False, True, True) and remarks["before"] == 2 and batches != 3
+    with pytest.raises(StoreError, match="another network"): cli.begin(unet("laptop", "two_circles", 3), 3, str(tmp_path/"run"))
+    with pytest.raises(ValueError, match="lr must be"): cli.changes("laptop", -1., False)
