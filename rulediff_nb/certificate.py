@@ -23,7 +23,7 @@ from torch.nn.functional import avg_pool2d, conv2d, pad
 from .core import check_int, row_noise, row_uniform, to_8bit
 from .features import REASONS, Oval, layout, oval_slopes
 from .metrics import bootstrap, interval, measured, share_interval
-from .tasks import PALETTE, Disc, Rect, Task, disc_coverage, get_task, hsv_to_rgb, rect_coverage
+from .tasks import PALETTE, Disc, Rect, Task, get_task, hsv_to_rgb, rect_coverage, shape_coverage
 
 # %% ../nbs/03a_certificate.ipynb #d5f57326
 def cover(
@@ -31,8 +31,7 @@ def cover(
     size:int,             # pixels per side
 )->Tensor:                # (n,size,size) in [0,1]
     "Share of each pixel that a shape covers."
-    if isinstance(shape, Oval): return oval_slopes(shape, size)[0]
-    return (rect_coverage if isinstance(shape, Rect) else disc_coverage)(shape, size)
+    return oval_slopes(shape, size)[0] if isinstance(shape, Oval) else shape_coverage(shape, size)
 
 def compose(
     covers:Tensor, # (n,k,s,s) in [0,1]
@@ -127,8 +126,8 @@ def _soft(task, n, seed, sigma):
 
 def _both(task, n, seed, sigma):
     "Blurred scenes with noise of .02."
-    f = task.factors(n, seed)
-    return task, _noisy(soften(task, f, sigma), .02, seed), f
+    _, x, f = _soft(task, n, seed, sigma)
+    return task, _noisy(x, .02, seed), f
 
 def _noisy(x, sigma, seed): return (x + 2*sigma*row_noise(seed, range(len(x)), x.shape[1:], 42)).clamp(-1, 1)
 
@@ -457,5 +456,6 @@ def refusals(
         yield refusal(task, 'swapped colours', None, math.nan, task.render(f._replace(rgb=f.rgb.flip(1))), _all(f.rgb))
     for name, (draw, amounts, each) in GROWING.items():
         for k in range(len(task.colours)) if each else [None]:
-            _, carries = draw(task, n, seed, k, amounts[-1])
-            for a in amounts if every else amounts[-1:]: yield refusal(task, name, k, float(a), draw(task, n, seed, k, a)[0], carries)
+            most, carries = draw(task, n, seed, k, amounts[-1])
+            for a in amounts[:-1] if every else (): yield refusal(task, name, k, float(a), draw(task, n, seed, k, a)[0], carries)
+            yield refusal(task, name, k, float(amounts[-1]), most, carries)

@@ -6,9 +6,9 @@ Docs: https://rulediff.github.io/rulediff_nb/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['PALETTE', 'PURE', 'VIOLATE', 'TASKS', 'METHODS', 'Rect', 'Disc', 'overlap', 'rect_coverage', 'quadrant_area',
-           'disc_window', 'disc_coverage', 'hsv_to_rgb', 'rgb_to_hsv', 'draw_rgb', 'Task', 'SunFactors', 'SunShadow',
-           'BarFactors', 'Perspective', 'CircleFactors', 'TwoCircles', 'SquareFactors', 'TwoSquares', 'get_task',
-           'check_task', 'register']
+           'disc_window', 'disc_coverage', 'hsv_to_rgb', 'rgb_to_hsv', 'draw_rgb', 'shape_coverage', 'Task',
+           'SunFactors', 'SunShadow', 'BarFactors', 'Perspective', 'CircleFactors', 'TwoCircles', 'SquareFactors',
+           'TwoSquares', 'get_task', 'check_task', 'register']
 
 # %% ../nbs/01_tasks.ipynb #f47d5e9e
 import json, math
@@ -131,6 +131,13 @@ def draw_rgb(
     return hsv_to_rgb(hsv)
 
 # %% ../nbs/01_tasks.ipynb #58bcff92
+def shape_coverage(
+    shape:Rect|Disc, # n shapes
+    size:int,        # pixels per side
+)->Tensor:           # (n,size,size) in [0,1], first row at the top
+    "Share of each pixel that a shape covers."
+    return (rect_coverage if isinstance(shape, Rect) else disc_coverage)(shape, size)
+
 VIOLATE = (None, 'up', 'down', 'coarse', 'free')
 
 @dataclass(frozen=True)
@@ -244,7 +251,7 @@ class Task:
         f:NamedTuple, # a chunk of factors
     )->Tensor:        # its images
         "Add up the objects of one chunk."
-        cover = torch.stack([(rect_coverage if isinstance(s, Rect) else disc_coverage)(s, self.size) for s in self.shapes(f)], 1)
+        cover = torch.stack([shape_coverage(s, self.size) for s in self.shapes(f)], 1)
         ink = 2*(f.rgb - 1).transpose(1, 2)
         x = torch.baddbmm(ink.new_ones(1, 1, 1), ink, cover.flatten(2))
         return x.view(-1, 3, self.size, self.size).clamp(-1, 1)
@@ -690,7 +697,7 @@ def _check_scenes(
     kinds = isinstance(shapes, tuple|list) and all(isinstance(s, Rect|Disc) for s in shapes)
     _demand(task, kinds and len(shapes) == len(task.colours), f"shapes must give one Rect or Disc for each of {task.colours}")
     _check_columns(task, 'shapes', [v for s in shapes for v in s], n)
-    cover = sum((rect_coverage if isinstance(s, Rect) else disc_coverage)(s, task.size) for s in shapes)
+    cover = sum(shape_coverage(s, task.size) for s in shapes)
     i = int(cover.amax((1, 2)).argmax())
     _demand(task, cover.max() < 1.001, f"shapes overlap, as in row {i} of seed 0: colours would add up there")
     return f
