@@ -21,7 +21,7 @@ import rulediff_nb
 from .core import check_int, row_generator, row_noise
 from .store import StoreError, list_releases, load_release
 from .tasks import get_task
-from .unet import Recipe, RuleUNet
+from .unet import Recipe, RuleUNet, check_labels
 
 # %% ../nbs/08_sample.ipynb #9b6ebca3
 class Denoised(NamedTuple):
@@ -43,9 +43,10 @@ def _check_scheduler(
 )->SchedulerMixin:            # a copy of it
     "ValueError unless noise levels and prediction type are the model's."
     c = scheduler.config
-    for k, want in dict(prediction_type=recipe.prediction, num_train_timesteps=recipe.T, beta_schedule='linear',
-                        beta_start=recipe.beta_start, beta_end=recipe.beta_end).items():
-        if c.get(k) != want: raise ValueError(f"{type(scheduler).__name__} has {k}={c.get(k)!r}, the model needs {want!r}")
+    own = recipe.schedule().config
+    for k in ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'rescale_betas_zero_snr'):
+        want = own[k]
+        if (c.get(k) or False) != (want or False): raise ValueError(f"{type(scheduler).__name__} has {k}={c.get(k)!r}, the model needs {want!r}")
     return copy.deepcopy(scheduler)
 
 def _noise_args(
@@ -86,12 +87,14 @@ def sample_steps(
     eta:float=0.,          # 0: DDIM without fresh noise, 1: as much as the ancestral sampler
     seed:int=0,            # row i's noise depends on (seed, i) alone
     scheduler:SchedulerMixin|None=None, # a diffusers scheduler; None: `ddim`
+    y:Tensor|None=None,    # labels or conditions of the rows, for a model that takes them
 )->Iterator[Denoised]:     # one per step
     "Sample as a generator; ValueError for steps, eta or a scheduler that do not fit the model."
     sch, p, s = plan(model, steps, eta, seed, scheduler), next(model.parameters()), model.recipe.world.size
+    if y is not None: y = check_labels(y, len(rows), model.recipe).to(p.device)
     x = row_noise(seed, rows, (3, s, s), 20, p.device).to(p.dtype)*getattr(sch, 'init_noise_sigma', 1.)
     for k, t in enumerate(sch.timesteps):
-        pred = model.predict(sch.scale_model_input(x, t), t.to(p.device).expand(len(rows)))
+        pred = model.predict(sch.scale_model_input(x, t), t.to(p.device).expand(len(rows)), *(() if y is None else (y,)))
         out = sch.step(pred, t, x, **_noise_args(sch, seed, rows, x, k, eta))
         x = out.prev_sample
         yield Denoised(k + 1, int(t), x, getattr(out, 'pred_original_sample', None))
@@ -104,12 +107,15 @@ def sample_batches(
     seed:int=0,            # row i's noise depends on (seed, i) alone
     scheduler:SchedulerMixin|None=None, # a diffusers scheduler; None: `ddim`
     batch:int=64,          # images at a time
+    y:Tensor|None=None,    # (n,) or (n,k) labels or conditions, for a model that takes them
 )->Iterator[Tensor|None]:  # None after each step, (b,3,s,s) in [-1,1] when a batch is done
     "Sample in batches, telling of every step, so that progress can be shown."
     check_int(n, 'n'), check_int(batch, 'batch', 1), plan(model, steps, eta, seed, scheduler)
+    if y is not None: check_labels(y, n, model.recipe)
     for i in range(0, n, batch):
         x = None
-        for d in sample_steps(model, range(i, min(i + batch, n)), steps, eta, seed, scheduler):
+        part = None if y is None else y[i:i + batch]
+        for d in sample_steps(model, range(i, min(i + batch, n)), steps, eta, seed, scheduler, part):
             x = d.x
             yield None
         yield x.clamp(-1, 1).float()
@@ -122,9 +128,10 @@ def sample(
     seed:int=0,            # row i's noise depends on (seed, i) alone
     scheduler:SchedulerMixin|None=None, # a diffusers scheduler; None: `ddim`
     batch:int=64,          # images at a time
+    y:Tensor|None=None,    # (n,) or (n,k) labels or conditions, for a model that takes them
 )->Tensor:                 # (n,3,s,s) float32 in [-1,1], on the model's device
     "Draw images from a model."
-    parts = [x for x in sample_batches(model, n, steps, eta, seed, scheduler, batch) if x is not None]
+    parts = [x for x in sample_batches(model, n, steps, eta, seed, scheduler, batch, y) if x is not None]
     s, p = model.recipe.world.size, next(model.parameters())
     return torch.cat(parts) if parts else torch.empty(0, 3, s, s, device=p.device)
 

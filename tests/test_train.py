@@ -320,10 +320,3 @@ def test_killed_and_resumed_is_unbroken(rounds, tmp_path):
     m = net(seed=9)
     seen |= {s.step: s.loss for s in train_steps(m, X0, tmp_path, 24)}
     assert seen == losses and same(bits(m), bits(whole))
-
-
-def test_focus_moves_noise_levels_alone():
-    args = (30, 64, 1000, (1, 1, 1))
-    a, b = draw_batch(3, 5, *args), draw_batch(3, 5, *args, focus=(300, 700, .5))
-    assert same(a[:1], b[:1]) and same(a[2:], b[2:]) and torch.equal(a.t[32:], b.t[32:])
-    assert ((b.t[:32] >= 300) & (b.t[:32] < 700)).all() and not torch.equal(a.t[:32], b.t[:32])
