@@ -46,7 +46,8 @@ def _check_scheduler(
     own = recipe.schedule().config
     for k in ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'rescale_betas_zero_snr'):
         want = own[k]
-        if (c.get(k) or False) != (want or False): raise ValueError(f"{type(scheduler).__name__} has {k}={c.get(k)!r}, the model needs {want!r}")
+        if (c.get(k) or False) != (want or False):
+            raise ValueError(f"{type(scheduler).__name__} has {k}={c.get(k)!r}, the model needs {want!r}")
     return copy.deepcopy(scheduler)
 
 def _noise_args(

@@ -69,8 +69,7 @@ def _muon(
     model:RuleUNet, r:Recipe, # what is trained, and how
 )->torch.optim.Optimizer:     # over all parameters
     "Muon (Jordan 2024) between first and last layer, scaled to AdamW's size of step (Liu et al. 2025); AdamW for the rest."
-    try: from pytorch_optimizer import Muon
-    except ImportError as e: raise ValueError("the optimizer 'muon' needs pytorch_optimizer: pip install 'rulediff_nb[muon]'") from e
+    from pytorch_optimizer import Muon   # two seconds to import: only for those who use it
     ends = 'conv_in', 'conv_out', 'class_embedding'
     def inner(name, p): return p.ndim > 1 and not any(e in name for e in ends)
     named = list(model.named_parameters())
@@ -107,7 +106,8 @@ class Run:
         self.steps, self.step, self.start = check_int(steps, 'steps', 1), 0, time.perf_counter()
         self.device = next(model.parameters()).device
         self.acc = accelerator(r.precision, self.device)
-        if r.batch % self.acc.num_processes: raise ValueError(f"a batch of {r.batch} cannot be shared by {self.acc.num_processes} processes")
+        if r.batch % self.acc.num_processes:
+            raise ValueError(f"a batch of {r.batch} cannot be shared by {self.acc.num_processes} processes")
         self.net = self.acc.prepare_model(model) if self.acc.num_processes > 1 else model
         if compiled: self.net = torch.compile(self.net)
         self.opt = self.acc.prepare_optimizer(OPTIMIZERS[r.optimizer](model, r))
@@ -147,7 +147,7 @@ class Run:
         value:float, # loss of this step
         lr:float,    # its learning rate
     ):
-        "FloatingPointError for a loss that is not finite, or whose mean over 100 steps is five times its lowest."
+        "FloatingPointError for a loss that is not finite, or whose mean of 100 steps is five times its lowest."
         where = f"at step {self.step}, learning rate {lr:.2g}"
         if not math.isfinite(value): raise FloatingPointError(f"loss is {value} {where}")
         self.recent.append(value)
