@@ -40,8 +40,8 @@ class Recipe:
     prediction:str = 'v_prediction'     # "epsilon", "v_prediction" or "sample"
     contrast:float = .3                 # root mean square of x0 - 1, for the preconditioning of v; 0: none
     batch:int = 32                      # images per step
-    optimizer:str = 'adamw'             # a key of `OPTIMIZERS`
-    lr:float = 2e-3                     # peak learning rate
+    optimizer:str = 'muon'              # a key of `OPTIMIZERS`
+    lr:float = 1e-2                     # peak learning rate
     warmup:int = 100                    # steps of linear warm-up
     decay:bool = True                   # cosine decay to zero at the last step
     weight_decay:float = 0.             # the optimizer's
@@ -85,7 +85,7 @@ class Recipe:
 PRESETS = dict(
     laptop=Recipe(clip=1.),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
-                 prediction='epsilon', contrast=0., batch=16, lr=3e-4, warmup=0, decay=False, weight_decay=.01, ema=0., precision='fp32'))
+                 prediction='epsilon', contrast=0., batch=16, optimizer='adamw', lr=3e-4, warmup=0, decay=False, weight_decay=.01, ema=0., precision='fp32'))
 PAPER_EPOCHS = dict(sun_shadow=400, sun_shadow_free=400, perspective=800, two_circles=1600, two_squares=1000)
 
 def recipe(

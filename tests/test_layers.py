@@ -12,15 +12,15 @@ LAYERS = {  # module -> modules of the package that it may import
     "core": set(), "tasks": {"core"}, "features": {"core", "tasks"}, "metrics": {"core", "tasks", "features"},
     "certificate": {"core", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL, "sample": MODEL,
-    "classifier": MODEL | {"train"}, "guide": {"core", "schedule", "classifier"}}
+    "grid": MODEL | {"features", "metrics", "train", "sample"}, "classifier": MODEL | {"train"}, "guide": {"core", "schedule", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
     "diffusers": {"schedule", "unet", "train", "sample", "guide", "classifier", "cli"},
     "accelerate": {"train", "sample", "classifier", "cli"}, "pytorch_optimizer": {"train"},
-    "joblib": {"grid"}, "filelock": {"train"}, "huggingface_hub": {"store", "unet", "sample", "cli"},
+    "joblib": {"grid"}, "dask": {"grid"}, "ray": {"grid"}, "filelock": {"train"}, "huggingface_hub": {"store", "unet", "sample", "cli"},
     "nbdev": set(), "scipy": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
-APART = {"cli", "trap", "certificate"}
+APART = {"cli", "trap", "certificate", "grid"}
 
 
 def imports(tree):
