@@ -7,11 +7,11 @@ Docs: https://rulediff.github.io/rulediff_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'REPORT', 'KEPT', 'ENDINGS', 'SIZES', 'LIBRARIES', 'COMMANDS', 'Line', 'report_lines',
            'text_table', 'csv_table', 'check_folder', 'draw', 'measure_model', 'readable_sides', 'demo', 'save_demo',
-           'train', 'changes', 'begin', 'release', 'Problem', 'Images', 'read_images', 'load_images', 'markdown_report',
-           'image_table', 'report', 'doctor', 'main']
+           'train', 'parse_change', 'changes', 'begin', 'release', 'grid', 'Problem', 'Images', 'read_images',
+           'load_images', 'markdown_report', 'image_table', 'report', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #f4308eb7
-import csv, io, math, os, platform, sys, time, warnings, zipfile, zlib
+import csv, io, json, math, os, platform, sys, time, warnings, zipfile, zlib
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from fastcore.script import anno_parser
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -26,9 +27,10 @@ from torch import Tensor
 import rulediff_nb
 from .core import Panel, check_int, default_device, plot_panels, progress, row_generator, to_8bit
 from .features import REASONS
+from .grid import jobs, run_grid
 from .metrics import Measured, RuleReport, measure, measured, real_images, rule_report
 from .sample import WEIGHTS, load_pretrained, sample_batches
-from .store import StoreError, list_releases, load_release, save_release, write_atomic
+from .store import StoreError, content_hash, list_releases, load_release, save_release, write_atomic
 from .tasks import Task, get_task
 from .train import run_weights, train_steps
 from .unet import PRESETS, Recipe, RuleUNet, grow, unet
@@ -176,18 +178,48 @@ def train(
     start:str='',          # folder of a finished run of the same network to go on from; empty: from nothing
     lr:float=0.,           # peak learning rate, 0: the preset's
     attention:bool=False,  # attention at every resolution but the first; a run that goes on may add it
+    change:str='',         # other fields of the recipe, such as "batch=64 betas=cosine"
+    compiled:bool=False,   # through torch.compile: half a minute to begin with, faster after it
 ):
     "Train a model on a world, resuming a checkpoint of the same run, and write weights with a manifest."
     world = get_task(task, palette=palette)
     check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(score, 'score', 64)
     x0, _ = world.sample(check_int(n, 'n') or world.paper_n, seed)
-    model, remarks, batches = begin(unet(preset, world, seed, **changes(preset, lr, attention)), seed, start)
+    fields, here = changes(preset, lr, attention) | parse_change(change), PartialState()
+    model, remarks, batches = begin(unet(preset, world, seed, **fields), seed, start)
     tail = f'-after-{remarks["before"]}' if start else ''
     folder = check_folder(Path(out)/f'{world.name}-{palette}-{preset}-{steps}-{seed}{tail}')
-    work = train_steps(model.to(default_device()), x0, folder, steps, batches, remarks=remarks)
-    for s in progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}'):
-        if s.step % 100 == 0: print(f"step {s.step} of {steps}, loss {s.loss:.4f}, {s.images} images, {s.seconds:.0f} s", flush=True)
-    release(folder, weights or folder, dict(REPORT, n=score))
+    if fields: folder = check_folder(f'{folder}-{content_hash({}, fields)[:8]}')
+    work = train_steps(model.to(here.device), x0, folder, steps, batches, remarks=remarks, compiled=compiled)
+    for s in progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}') if here.is_main_process else work:
+        if s.step % 100 or not here.is_main_process: continue
+        print(f"step {s.step} of {steps}, loss {s.loss:.4f}, {s.images} images, {s.seconds:.0f} s", flush=True)
+    if here.is_main_process: release(folder, weights or folder, dict(REPORT, n=score))
+
+def parse_change(
+    text:str, # such as "lr=1e-3 attention=False,True,True"
+)->dict:      # fields of `Recipe` with values of their kinds
+    "Read changes of a recipe from a line; ValueError names what is no field or no value."
+    kinds = {k: type(v) for k, v in Recipe().to_dict().items()}
+    parts = [part.partition('=') for part in text.split()]
+    for name, eq, value in parts:
+        if not eq or name not in kinds: raise ValueError(f"{name + eq + value!r} is no FIELD=VALUE with one of {', '.join(kinds)}")
+    return {name: _value(value, kinds[name], name) for name, _, value in parts}
+
+def _value(
+    text:str, # one value, or several between commas
+    kind:type, # bool, int, float, str or list
+    name:str, # of the field, for the message
+)->object:    # the value
+    "Read one value of a kind; ValueError if it is of another."
+    if kind is str: return text
+    try: values = tuple(json.loads(v) for v in text.lower().split(','))
+    except ValueError: values = ()
+    if kind is list and values: return values
+    fits = (int, float) if kind is float else kind
+    if len(values) != 1 or not isinstance(values[0], fits) or isinstance(values[0], bool) != (kind is bool):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {text!r}")
+    return kind(values[0])
 
 def changes(
     preset:str,     # a key of `PRESETS`
@@ -232,6 +264,47 @@ def release(
     said |= dict(images_seen=(meta['before'] + meta['steps'])*model.recipe.batch, report=dict(how, rows=report.to_dict()))
     print(report)
     return save_release(weights, f'{world.name}-{world.palette}', kept, said)
+
+# %% ../nbs/90_cli.ipynb #a71c20e2
+def _words(
+    text:str, # words between commas
+)->list[str]: # the words
+    "A list from a command line."
+    return [w for w in text.replace(',', ' ').split() if w]
+
+def _numbers(
+    text:str, # whole numbers between commas
+    name:str, # of the option, for the message
+)->list[int]: # the numbers
+    "Numbers from a command line; ValueError for what is none."
+    try: return [int(w) for w in _words(text)]
+    except ValueError: raise ValueError(f"{name} must be whole numbers between commas, got {text!r}") from None
+
+def grid(
+    tasks:str,             # worlds, between commas
+    palettes:str='pure',   # "pure", "paper" or both, between commas
+    presets:str='laptop',  # "laptop", "paper" or both, between commas
+    changes:str='',        # changed recipes between semicolons, such as ";lr=1e-3;batch=64 lr=2e-3"; an empty one is the preset
+    steps:str='1000',      # lengths, between commas
+    seeds:str='0,1',       # between commas
+    n:int=0,               # images in each training set, 0: as many as the study used
+    out:str='runs/grid',   # folder of the runs and of grid.csv
+    images:int=256,        # for each report
+    workers:int=2,         # runs at a time
+    engine:str='loky',     # "loky": processes of this machine; "dask" or "ray": a cluster
+    address:str='',        # of the cluster's scheduler; empty: one is started on this machine
+):
+    "Train every combination of worlds, recipes, lengths and seeds, and write a table; a stopped grid goes on."
+    fields = [parse_change(c) for c in changes.split(';')]
+    plan = jobs(_words(tasks), _words(palettes), _words(presets), fields, _numbers(steps, 'steps'), _numbers(seeds, 'seeds'), n)
+    rows, folder = run_grid(plan, check_folder(out), workers, engine, address, images), Path(out)
+    bad = 0
+    for row in progress(rows, len(plan), out):
+        bad += 'error' in row
+        said = row.get('error') or f"yield_ {row['yield_']:.3f}, coarse {row['coarse']:.3f}, rule_gap {row['rule_gap']:.3f}"
+        print(f"{row['task']} {row['palette']} {row['label']}, {row['steps']} steps, seed {row['seed']}: {said}", flush=True)
+    print(f"written: {folder/'grid.csv'}")
+    if bad: raise ValueError(f"{bad} of {len(plan)} runs failed; their errors are in {folder/'grid.csv'}")
 
 # %% ../nbs/90_cli.ipynb #7c425a63
 ENDINGS = ('.png', '.bmp', '.jpg', '.jpeg', '.webp', '.gif', '.tif', '.tiff')
@@ -446,7 +519,7 @@ def doctor(
     for key in list_releases(WEIGHTS): print(f'{key:24}{_weights_state(key)}')
 
 # %% ../nbs/90_cli.ipynb #38c22542
-COMMANDS = dict(demo=demo, train=train, report=report, doctor=doctor)
+COMMANDS = dict(demo=demo, train=train, grid=grid, report=report, doctor=doctor)
 
 def _spelled(
     args:list[str], # of a command

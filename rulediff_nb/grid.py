@@ -22,7 +22,7 @@ from .core import check_int, row_noise
 from .metrics import rule_report
 from .sample import sample
 from .schedule import add_noise, solve
-from .store import StoreError, content_hash, write_atomic
+from .store import content_hash, write_atomic
 from .tasks import get_task
 from .train import Run, provenance, train_steps
 from .unet import RuleUNet, recipe, unet

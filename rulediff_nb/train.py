@@ -243,7 +243,7 @@ def load_run(
     for g in run.opt.param_groups:
         kinds = {k.rpartition('.')[2] for k in tensors for p in g['params'] if k.rpartition('.')[0] == f'opt.{named[p]}'}
         for p in g['params']: run.opt.state[p] = {m: like(p, tensors[f'opt.{named[p]}.{m}']) for m in kinds}
-        if 'step' in g: g['step'] = meta['step']
+        if 'use_muon' in g: g['step'] = meta['step']   # the one optimizer that counts per group
     if run.acc.scaler: run.acc.scaler.load_state_dict(meta['scaler'])
     if run.ema:
         run.ema.shadow_params = [like(p, tensors[f'ema.{k}']) for p, k in named.items()]

@@ -85,7 +85,8 @@ class Recipe:
 PRESETS = dict(
     laptop=Recipe(clip=1.),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
-                 prediction='epsilon', contrast=0., batch=16, optimizer='adamw', lr=3e-4, warmup=0, decay=False, weight_decay=.01, ema=0., precision='fp32'))
+                 prediction='epsilon', contrast=0., batch=16, optimizer='adamw', lr=3e-4, warmup=0, decay=False, weight_decay=.01,
+                 ema=0., precision='fp32'))
 PAPER_EPOCHS = dict(sun_shadow=400, sun_shadow_free=400, perspective=800, two_circles=1600, two_squares=1000)
 
 def recipe(

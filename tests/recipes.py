@@ -15,6 +15,7 @@ from rulediff_nb.store import write_atomic
 from rulediff_nb.unet import unet
 
 ROOT = Path(__file__).parents[1]
+COST = "batch", "optimizer", "attention", "patch", "channels", "layers", "precision", "ema"
 TASKS = "two_circles", "sun_shadow_free"
 CHANGES = [
     {},
@@ -32,13 +33,18 @@ def paces(changes, rounds=3):
     return [sorted(p)[rounds//2] for p in zip(*seen)]
 
 
+def cost(change):
+    "What of a change decides how long a step takes: recipes that share it share their pace."
+    return json.dumps({k: v for k, v in change.items() if k in COST and (k, v) != ("optimizer", "muon")})
+
+
 def known_paces(changes, path):
     "The paces of this study's folder, measured once: a study that goes on keeps its lengths."
     old = json.loads(path.read_text()) if path.exists() else {}
-    new = [c for c in changes if json.dumps(c) not in old]
-    if new: write_atomic(path, json.dumps(old | dict(zip(map(json.dumps, new), paces(new))), indent=1).encode())
+    new = {cost(c): c for c in changes if cost(c) not in old}
+    if new: write_atomic(path, json.dumps(old | dict(zip(new, paces(new.values()))), indent=1).encode())
     old = json.loads(path.read_text())
-    return [old[json.dumps(c)] for c in changes]
+    return [old[cost(c)] for c in changes]
 
 
 def study(seconds, seeds, palette, changes, path):
@@ -62,7 +68,8 @@ def main():
     plan = study(a.seconds, a.seeds, a.palette, [CHANGES[i] for i in a.only or range(len(CHANGES))], folder/f"pace-{a.palette}.json")
     print(f"{len(plan)} runs of about {a.seconds:.0f} s", flush=True)
     for row in run_grid(plan, folder, a.workers, images=a.images):
-        print(row["task"], row["label"], row["seed"], row.get("error") or f"{row['mse_100']:.5f} {row['yield_']:.3f} {row['rule_gap']:.3f}", flush=True)
+        said = row.get("error") or f"mse_100 {row['mse_100']:.5f}, yield_ {row['yield_']:.3f}, rule_gap {row['rule_gap']:.3f}"
+        print(row["task"], row["label"], row["seed"], said, flush=True)
     rows = [json.loads(f.read_text()) for f in folder.glob("*/result.json")]
     write_atomic(ROOT/"results"/"recipes"/"recipes.csv", grid_table(rows).encode())
 

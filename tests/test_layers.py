@@ -17,7 +17,8 @@ LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
     "diffusers": {"schedule", "unet", "train", "sample", "guide", "classifier", "cli"},
     "accelerate": {"train", "sample", "classifier", "cli"}, "pytorch_optimizer": {"train"},
-    "joblib": {"grid"}, "dask": {"grid"}, "ray": {"grid"}, "filelock": {"train"}, "huggingface_hub": {"store", "unet", "sample", "cli"},
+    "joblib": {"grid"}, "dask": {"grid"}, "ray": {"grid"}, "filelock": {"train"},
+    "huggingface_hub": {"store", "unet", "sample", "cli"},
     "nbdev": set(), "scipy": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
 APART = {"cli", "trap", "certificate", "grid"}
