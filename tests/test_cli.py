@@ -239,7 +239,7 @@ def test_train_interrupted_resumed_released(tiny, tmp_path, capsys, monkeypatch)
 
 def test_train_beside_its_checkpoint_and_again(tiny, tmp_path, capsys):
     for _ in range(2): assert run(capsys, *TRAIN, "--out", tmp_path)[0] == 0   # a finished run is measured again, not repeated
-    names = sorted(p.name for p in next(tmp_path.iterdir()).iterdir())
+    names = sorted(p.name for p in next(tmp_path.iterdir()).iterdir() if p.name != ".lock")
     assert names == ["checkpoint.safetensors", "two_squares-pure.json", "two_squares-pure.safetensors"]
 
 
