@@ -27,7 +27,7 @@ from .schedule import add_noise, min_snr_weight, target
 from .store import StoreError, content_hash, load_tensors, save_tensors
 from .unet import Recipe, RuleUNet, check_labels
 
-# %% ../nbs/07_train.ipynb #92f369c6
+# %% ../nbs/07_train.ipynb #52339dda
 class Batch(NamedTuple):
     "What one training step sees."
     rows:Tensor # (b,) int64 rows of the training set
@@ -50,7 +50,7 @@ def draw_batch(
     eps, u = rng.standard_normal((size, *shape), dtype='float32'), rng.random(size)
     return Batch(torch.from_numpy(rows), torch.from_numpy(t), torch.from_numpy(eps), torch.from_numpy(u < drop))
 
-# %% ../nbs/07_train.ipynb #e7af3a76
+# %% ../nbs/07_train.ipynb #de4ee44d
 class Step(NamedTuple):
     "What a training step reports."
     step:int    # steps done so far
@@ -180,7 +180,7 @@ class Run:
         if self.ema and self.step: self.ema.copy_to(self.model.parameters())
         return self.model.eval()
 
-# %% ../nbs/07_train.ipynb #91d63221
+# %% ../nbs/07_train.ipynb #aac85b4b
 def check_set(
     model:RuleUNet, # that shall be trained
     x0:Tensor,      # (n,3,s,s) float in [-1,1]: the training set
@@ -207,7 +207,7 @@ def fit(
         while run.step < steps: yield run.advance(x0, y)
     finally: run.finish()
 
-# %% ../nbs/07_train.ipynb #d63b7601
+# %% ../nbs/07_train.ipynb #d5bff307
 def run_meta(
     run:Run, # a training in progress
 )->dict:     # JSON-ready
@@ -251,7 +251,7 @@ def load_run(
     run.step = meta['step']
     return meta
 
-# %% ../nbs/07_train.ipynb #ebffcee7
+# %% ../nbs/07_train.ipynb #9bff192b
 def provenance()->dict: # JSON-ready
     "Where a run happened: hardware, library versions, and the source's revision if it is a git checkout."
     import diffusers, rulediff_nb
