@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/grid.html.md"""
 
 # %% auto #0
 __all__ = ['LEVELS', 'SCORES', 'Job', 'jobs', 'job_recipe', 'denoising_error', 'measure_run', 'run_job', 'engine', 'run_grid',
-           'grid_table', 'pace']
+           'grid_table', 'pace', 'read_table']
 
 # %% ../nbs/08a_grid.ipynb #88dcaa22
 import csv, io, itertools, json, math, time
@@ -22,7 +22,7 @@ from .core import check_int, row_noise
 from .metrics import rule_report
 from .sample import sample
 from .schedule import add_noise, solve
-from .store import content_hash, write_atomic
+from .store import StoreError, content_hash, write_atomic
 from .tasks import get_task
 from .train import Run, provenance, train_steps
 from .unet import RuleUNet, recipe, unet
@@ -202,3 +202,16 @@ def pace(
         run.advance(x0)
         took.append(time.process_time() - start)
     return sorted(took[3:])[steps//2]
+
+# %% ../nbs/08a_grid.ipynb #eba9d472
+def read_table(
+    path:str|Path, # a table that `grid_table` made
+)->list[dict]:     # rows; numbers as floats
+    "Read a stored grid; StoreError for a file that is missing or of another schema."
+    try: rows = list(csv.DictReader(io.StringIO(Path(path).read_text())))
+    except OSError as e: raise StoreError(f"no table {path}") from e
+    if not rows or rows[0].get('schema') != '1': raise StoreError(f"{path} is no grid of schema 1")
+    def number(v):
+        try: return float(v)
+        except (TypeError, ValueError): return v
+    return [{k: number(v) for k, v in r.items()} for r in rows]

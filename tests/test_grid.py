@@ -103,7 +103,8 @@ CHILD = """
 import sys
 from rulediff_nb.grid import jobs, run_grid
 tiny = dict(channels=(16, 16), attention=(False, False), head_dim=8, batch=8)
-for r in run_grid(jobs(['two_squares'], changes=[tiny], steps=[40], seeds=[0, 1, 2], n=32), sys.argv[1], 1, images=16): print(r['seed'], flush=True)
+todo = jobs(['two_squares'], changes=[tiny], steps=[40], seeds=[0, 1, 2], n=32)
+for r in run_grid(todo, sys.argv[1], 1, images=16): print(r['seed'], flush=True)
 """
 
 
@@ -137,8 +138,9 @@ def test_the_command(tmp_path, capsys):
     assert len(list(csv.DictReader((tmp_path/"grid.csv").open()))) == 2
 
 
-@pytest.mark.parametrize("args,word", [(["moon"], "moon"), (["two_squares", "--steps", "ten"], "steps must be"),
-                                       (["two_squares", "--changes", "lr=fast"], "lr must be"), (["two_squares", "--engine", "slurm"], "slurm")])
+@pytest.mark.parametrize("args,word", [
+    (["moon"], "moon"), (["two_squares", "--steps", "ten"], "steps must be"), (["two_squares", "--changes", "lr=fast"], "lr must be"),
+    (["two_squares", "--engine", "slurm"], "slurm")])
 def test_the_command_refuses_in_one_line(args, word, tmp_path, capsys):
     assert cli.main(["grid", *args, "--out", str(tmp_path)]) == 1
     err = capsys.readouterr().err

@@ -12,7 +12,8 @@ LAYERS = {  # module -> modules of the package that it may import
     "core": set(), "tasks": {"core"}, "features": {"core", "tasks"}, "metrics": {"core", "tasks", "features"},
     "certificate": {"core", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL, "sample": MODEL,
-    "grid": MODEL | {"features", "metrics", "train", "sample"}, "classifier": MODEL | {"train"}, "guide": {"core", "schedule", "classifier"}}
+    "grid": MODEL | {"features", "metrics", "train", "sample"},
+    "classifier": MODEL | {"train"}, "guide": {"core", "schedule", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
     "diffusers": {"schedule", "unet", "train", "sample", "guide", "classifier", "cli"},

@@ -116,7 +116,8 @@ def test_every_weight_is_trained():
 @pytest.mark.slow
 def test_compiled_gives_nearly_the_same_losses():
     pytest.importorskip("torch._inductor")
-    a, b = ([s.loss for s in fit(net(precision="fp32", channels=(8, 8), attention=(False, False)), X0, 2, compiled=c)] for c in (False, True))
+    small = dict(precision="fp32", channels=(8, 8), attention=(False, False))
+    a, b = ([s.loss for s in fit(net(**small), X0, 2, compiled=c)] for c in (False, True))
     assert max(abs(x - y) for x, y in zip(a, b)) < 1e-4
 
 
