@@ -1,4 +1,4 @@
-"""A model is a network that knows how it is to be used: its world, its schedule and its target travel with it.
+"""A denoiser whose pixels cannot see both ends of a rule draws at chance, however good it is otherwise; what a network sees, and what seeing costs, can be measured.
 
 Docs: https://rulediff.github.io/rulediff_nb/unet.html.md"""
 
@@ -22,7 +22,7 @@ from .core import row_generator
 from .schedule import amplitudes, noise_schedule
 from .tasks import Task, get_task
 
-# %% ../nbs/05_unet.ipynb #c19e9580
+# %% ../nbs/05_unet.ipynb #5b52e8d5
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a run but the seed."
@@ -100,7 +100,7 @@ def recipe(
     epochs = PAPER_EPOCHS.get(task.name) if preset == 'paper' else None
     return replace(PRESETS[preset], task=task.spec(), epochs=epochs, **changes)
 
-# %% ../nbs/05_unet.ipynb #788ce622
+# %% ../nbs/05_unet.ipynb #e6a47999
 class Condition(nn.Module):
     "Class labels or numbers as a vector that joins the time embedding; a learned vector stands for 'not given'."
     def __init__(self,
@@ -110,39 +110,47 @@ class Condition(nn.Module):
         waves:int=16,   # sines and cosines per number
     ):
         super().__init__()
-        self.classes, self.conditions = classes, conditions
-        self.register_buffer('freqs', torch.pi*2**torch.linspace(-1, 5, waves), persistent=False)
+        self.classes, self.conditions, self.n_waves = classes, conditions, waves
         self.table = nn.Embedding(classes + 1 if classes else 1, width)   # the last row: not given
         self.mlp = nn.Linear(2*waves*conditions, width) if conditions else None
+
+    def waves(self,
+        y:Tensor, # (n,k) float, in a unit in which they lie in [-1,1]; NaN counts as 0 here
+    )->Tensor:    # (n,2*waves*k) sines and cosines
+        "Numbers as waves, from a period of 4 to one of 1/16."
+        wave = torch.pi*2**torch.linspace(-1, 5, self.n_waves, device=y.device)*y.nan_to_num()[..., None]
+        return torch.cat([wave.sin(), wave.cos()], -1).flatten(1)
 
     def forward(self,
         y:Tensor, # (n,) int64, -1: not given; or (n,k) float, a NaN: not given
     )->Tensor:    # (n,width)
         "The vector of each row."
         if self.classes: return self.table(torch.where(y < 0, self.classes, y))
-        wave = self.freqs*y.nan_to_num()[..., None]
-        given = self.mlp(torch.cat([wave.sin(), wave.cos()], -1).flatten(1))
+        given = self.mlp(self.waves(y).to(self.mlp.weight.dtype))
         return torch.where(y.isnan().any(1, keepdim=True), self.table.weight, given)
 
+# %% ../nbs/05_unet.ipynb #34169ac0
 def check_labels(
     y:Tensor|None, # class labels (n,) int64, or conditions (n,k) float; None: none given
     n:int,         # images
     recipe:Recipe, # of the network
 )->Tensor|None:    # (n,) int64, (n,k) float32, or None for a network without labels
-    "Labels as the network takes them; ValueError names what was given and what the network was made for."
+    "Labels as the network takes them; TypeError or ValueError names what was given and what the network was made for."
+    if y is not None and not isinstance(y, Tensor): raise TypeError(f"labels must be a tensor, got {type(y).__name__}")
     c, k = recipe.classes, recipe.conditions
     if not c and not k:
         if y is not None: raise ValueError(f"this network was made without class labels, got labels of shape {tuple(y.shape)}")
         return None
     if y is None: return torch.full((n,), -1) if c else torch.full((n, k), torch.nan)
     want = f"({n},) integers in [0,{c}), -1 for none" if c else f"({n},{k}) floats, NaN for none"
-    kind = not y.is_floating_point() if c else y.is_floating_point()
+    kind = y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) if c else y.is_floating_point()
     if tuple(y.shape) != ((n,) if c else (n, k)) or not kind: raise ValueError(f"labels must be {want}, got {tuple(y.shape)} {y.dtype}")
+    y = y.long() if c else y.float()
     if c and n and not (-1 <= y.min() and y.max() < c): raise ValueError(f"labels must be {want}, got {y.min():d} to {y.max():d}")
     if k and y.isinf().any(): raise ValueError(f"labels must be {want}, got infinite ones")
-    return y.long() if c else y.float()
+    return y
 
-# %% ../nbs/05_unet.ipynb #b2f93282
+# %% ../nbs/05_unet.ipynb #c2de938c
 class RuleUNet(ModelMixin, ConfigMixin):
     "`UNet2DModel` behind space-to-depth; called like it, and it carries its recipe."
     @register_to_config
@@ -175,6 +183,16 @@ class RuleUNet(ModelMixin, ConfigMixin):
         h = F.pixel_unshuffle(x, p).contiguous(memory_format=torch.channels_last)
         out = read(F.pixel_shuffle(self.net(h, t, None if y is None else y.to(sample.device)).sample, p))
         return UNet2DOutput(sample=out) if return_dict else (out,)
+
+    def _apply(self,
+        fn:Callable[[Tensor],Tensor], # what torch does to each tensor: another device, another dtype
+        recurse:bool=True,            # as torch passes it
+    )->'RuleUNet':                    # the model itself
+        "Move the schedule with the weights, but never round it: near 1 half precision has no room for small noise."
+        exact = self.abar
+        super()._apply(fn, recurse)
+        self.abar = exact.to(self.abar.device)
+        return self
 
     def condition(self,
         xt:Tensor, # (n,3,s,s)
@@ -209,7 +227,7 @@ def unet(
         torch.manual_seed(int(row_generator(seed, 0, stream=9).integers(2**31)))
         return RuleUNet(r.to_dict()).to(memory_format=torch.channels_last)
 
-# %% ../nbs/05_unet.ipynb #f6266622
+# %% ../nbs/05_unet.ipynb #6dd151c5
 def grow(
     model:RuleUNet,          # the larger network, changed in place
     weights:dict[str,Tensor], # of the same network with attention at fewer resolutions
