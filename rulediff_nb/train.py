@@ -112,7 +112,7 @@ class Run:
         if compiled: self.net = torch.compile(self.net)
         self.opt = self.acc.prepare_optimizer(OPTIMIZERS[r.optimizer](model, r))
         self.ema = EMAModel(model.parameters(), decay=r.ema, use_ema_warmup=True, power=.75) if r.ema else None
-        self.recent, self.lowest = deque(maxlen=100), math.inf
+        self.recent, self.lowest, self.whole = deque(maxlen=100), math.inf, True
 
     def lr(self)->float: # the learning rate of the next step
         "Linear warm-up, then a cosine to zero if the recipe decays."
@@ -170,10 +170,16 @@ class Run:
         self.opt.zero_grad()
         self.acc.backward(loss)
         if r.clip: self.acc.clip_grad_norm_(self.model.parameters(), r.clip)
+        self.whole = False   # until weights, average and count belong together again
         self.opt.step()
         if self.ema: self.ema.step(self.model.parameters())
-        self.step += 1
+        self.step, self.whole = self.step + 1, True
         return Step(self.step, value, lr, self.step*r.batch, time.perf_counter() - self.start)
+
+    def sound(self)->bool: # whether the run may be resumed from here
+        "False in the middle of an update, and where weights or moments are not finite."
+        moments = (v for s in self.opt.state.values() for v in s.values() if isinstance(v, Tensor))
+        return self.whole and all(bool(v.isfinite().all()) for v in (*self.model.parameters(), *moments))
 
     def finish(self)->RuleUNet: # the model, in eval mode
         "Put the averaged weights into the model."
@@ -228,6 +234,18 @@ def save_run(
     scaler = run.acc.scaler.state_dict() if run.acc.scaler else None
     return save_tensors(path, out, dict(run_meta(run), step=run.step, scaler=scaler, **extra))
 
+def _differences(
+    found:dict, want:dict, # two descriptions
+    at:str='',             # where in them
+)->list[str]:              # such as "recipe.lr is 0.1, expected 0.2"
+    "What differs between two descriptions, field by field."
+    out = []
+    for k in sorted(found.keys() | want.keys()):
+        a, b = found.get(k), want.get(k)
+        if isinstance(a, dict) and isinstance(b, dict): out += _differences(a, b, f'{at}{k}.')
+        elif a != b: out.append(f'{at}{k} is {a}, expected {b}')
+    return out
+
 def load_run(
     run:Run,       # a fresh run with the same recipe, seed and length
     path:str|Path, # a checkpoint
@@ -235,8 +253,8 @@ def load_run(
     "Resume in place; StoreError names what differs if the checkpoint belongs to another run."
     tensors, meta = load_tensors(path)
     want = run_meta(run)
-    for k, v in want.items():
-        if meta.get(k) != v: raise StoreError(f"{path} belongs to another run: its {k} is {meta.get(k)}, expected {v}")
+    wrong = _differences({k: meta.get(k) for k in want}, want)
+    if wrong: raise StoreError(f"{path} belongs to another run: its {'; its '.join(wrong)}")
     run.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith('model.')})
     def like(p, v): return torch.empty_like(p, requires_grad=False).copy_(v) if v.ndim else v   # in the parameter's layout
     named = {p: k for k, p in run.model.named_parameters()}
@@ -320,20 +338,21 @@ def _saved_steps(
     before, saved, good = about['seconds'], time.perf_counter(), run.step
     def save():
         nonlocal saved, good
+        if not run.sound(): raise FloatingPointError(f"weights or moments are not finite after step {run.step}")
         if run.acc.is_main_process: save_run(run, path, **dict(about, seconds=before + time.perf_counter() - run.start))
         saved, good = time.perf_counter(), run.step
     try:
         while run.step < run.steps:
             yield run.advance(x0, y)
             if time.perf_counter() - saved > every: save()
+        if run.step > good: save()
     except FloatingPointError as e:
         kept = f"the last good checkpoint is {path}, step {good}" if good else "no checkpoint was written yet"
         raise FloatingPointError(f"{e}; {kept}") from e
     except StoreError: raise   # the disk: what stands there is the last good checkpoint
     except BaseException:      # left early, by `break` or Ctrl-C
-        if run.step > good: save()
+        if run.step > good and run.sound(): save()
         raise
-    if run.step > good: save()
 
 def train(
     model:RuleUNet, # a fresh one, trained in place
