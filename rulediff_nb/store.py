@@ -1,4 +1,4 @@
-"""A stored checkpoint is either exactly what was saved or refused by name; nothing is ever unpickled.
+"""A stored file comes back bit for bit as it was saved or is refused by name, whenever its writer died and whichever byte changed; loading it runs no code.
 
 Docs: https://rulediff.github.io/rulediff_nb/store.html.md"""
 
@@ -8,12 +8,12 @@ Docs: https://rulediff.github.io/rulediff_nb/store.html.md"""
 __all__ = ['StoreError', 'write_atomic', 'sha256', 'content_hash', 'save_tensors', 'load_tensors', 'save_release',
            'list_releases', 'load_manifest', 'load_release']
 
-# %% ../nbs/06_store.ipynb #eb10084a
+# %% ../nbs/06_store.ipynb #11b34706
 import hashlib, json, os, tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def sha256(
     "The SHA-256 of some bytes."
     return hashlib.sha256(blob).hexdigest()
 
-# %% ../nbs/06_store.ipynb #b5e4e2bd
+# %% ../nbs/06_store.ipynb #4a31d1cf
 def content_hash(
     tensors:dict[str,Tensor], # what is stored
     meta:dict,                # JSON-ready description
@@ -68,14 +68,20 @@ def save_tensors(
     header = dict(meta=json.dumps(meta, sort_keys=True), sha256=content_hash(tensors, meta))
     return write_atomic(path, save(tensors, metadata=header))
 
+def _header(
+    blob:bytes, # a whole safetensors file
+)->dict[str,str]: # what its writer noted
+    "The notes in a safetensors header: eight bytes say how long the JSON is that follows."
+    return json.loads(blob[8:8 + int.from_bytes(blob[:8], 'little')]).get('__metadata__') or {}
+
 def load_tensors(
     path:str|Path,            # what `save_tensors` wrote
 )->tuple[dict[str,Tensor],dict]: # tensors on the CPU, and their description
     "Read a file back; StoreError names a file that is missing, damaged, foreign or changed."
     if not Path(path).is_file(): raise StoreError(f"no file {path}")
     try:
-        with safe_open(path, 'pt') as f:
-            header, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        blob = Path(path).read_bytes()   # read once: what is checked is what is returned, whoever writes there meanwhile
+        tensors, header = load(blob), _header(blob)
     except (SafetensorError, OSError, ValueError) as e: raise StoreError(f"{path} is not a whole safetensors file: {e}") from e
     if not {'meta', 'sha256'} <= set(header): raise StoreError(f"{path} was not written by rulediff_nb: its header has {sorted(header)}")
     try: meta = json.loads(header['meta'])
@@ -84,7 +90,7 @@ def load_tensors(
     if found != header['sha256']: raise StoreError(f"{path} is damaged: found sha256 {found}, expected {header['sha256']}")
     return tensors, meta
 
-# %% ../nbs/06_store.ipynb #854179d2
+# %% ../nbs/06_store.ipynb #704cf5ef
 def save_release(
     folder:str|Path,          # where to
     name:str,                 # file name without its ending
@@ -130,4 +136,5 @@ def load_release(
     blob = path.read_bytes()
     if sha256(blob) != manifest['sha256']:
         raise StoreError(f"{path} is damaged: found sha256 {sha256(blob)}, expected {manifest['sha256']}")
-    return load(blob), manifest
+    try: return load(blob), manifest
+    except SafetensorError as e: raise StoreError(f"{path} is not a whole safetensors file: {e}") from e
