@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +29,7 @@ X0 = TASK.sample(40, 0)[0]
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, lr=1e-3)
 STEPS = 30
 FILE = "checkpoint.safetensors"
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
 
@@ -264,7 +264,8 @@ def test_what_was_checked_is_what_is_returned(tmp_path):
 @pytest.mark.parametrize("change,words", [
     (dict(lr=5e-3), ["recipe.lr is 0.001, expected 0.005"]), (dict(batch=5), ["recipe.batch is 4, expected 5"]),
     (dict(ema=0.), ["recipe.ema is 0.999, expected 0.0"]), (dict(precision="fp32"), ["recipe.precision is bf16, expected fp32"]),
-    (dict(lr=5e-3, batch=5), ["recipe.lr", "recipe.batch"]), (dict(channels=(8, 8, 8)), ["recipe.channels is [8, 8, 16], expected [8, 8, 8]"])])
+    (dict(lr=5e-3, batch=5), ["recipe.lr", "recipe.batch"]),
+    (dict(channels=(8, 8, 8)), ["recipe.channels is [8, 8, 16], expected [8, 8, 8]"])])
 def test_another_recipe_is_named(change, words, tmp_path):
     refused(words, tmp_path, lambda: train_steps(net(**change), X0, tmp_path, 6))
 
@@ -358,8 +359,8 @@ def interrupted(monkeypatch, owner, name, at, before=False):
     monkeypatch.setattr(owner, name, call)
 
 
-WHERE = {"draw": (training, "draw_batch"), "loss": (training.Run, "loss"), "ema": (training.EMAModel, "step"), "save": (training, "save_run"),
-         "write": (store, "write_atomic"), "fsync": (store.os, "fsync")}
+WHERE = {"draw": (training, "draw_batch"), "loss": (training.Run, "loss"), "ema": (training.EMAModel, "step"),
+         "save": (training, "save_run"), "write": (store, "write_atomic"), "fsync": (store.os, "fsync")}
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -439,7 +440,7 @@ def test_images_agree_across_batch_sizes_after_fifty_steps(n, batches, record):
 
 # ---------------------------------------------------------------- devices
 
-@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=cuda)])
 def test_tensors_come_back_on_the_cpu_whatever_the_default_device(device, tmp_path):
     t = dict(w=torch.arange(6.).view(2, 3), h=torch.ones(4).half())
     with torch.device(device): back, meta = load_tensors(save_tensors(tmp_path/"f", t, dict(step=1)))
@@ -452,11 +453,12 @@ def test_a_run_is_resumed_with_another_default_device(unbroken, tmp_path):
         if s.step == 3: break
     run = training.Run(net(seed=5).train(), STEPS)
     with torch.device("meta"): training.load_run(run, tmp_path/FILE)
-    tensors = [*run.model.parameters(), *run.ema.shadow_params, *(v for s in run.opt.state.values() for v in s.values() if torch.is_tensor(v))]
+    moments = (v for s in run.opt.state.values() for v in s.values() if torch.is_tensor(v))
+    tensors = [*run.model.parameters(), *run.ema.shadow_params, *moments]
     assert {v.device.type for v in tensors} == {"cpu"} and run.step == 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@cuda
 @pytest.mark.parametrize("first,second", [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_moves_to_another_device(first, second, tmp_path):
     for s in train_steps(net(precision="fp32").to(first), X0, tmp_path, 6):
