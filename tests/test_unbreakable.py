@@ -375,6 +375,17 @@ def test_ctrl_c_anywhere_leaves_a_checkpoint_that_resumes_to_the_same_bits(where
     resumed(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("where", ["loss", "ema"])
+def test_ctrl_c_in_the_middle_of_an_update_saves_no_half_update(where, before, unbroken, tmp_path, monkeypatch):
+    "Weights that moved without their average or their count must not be resumed from; what was saved earlier stays."
+    interrupted(monkeypatch, *WHERE[where], 4, before)
+    with pytest.raises(KeyboardInterrupt): list(train_steps(net(), X0, tmp_path, STEPS, every=1e9))
+    monkeypatch.undo()
+    assert (tmp_path/FILE).exists() == (where == "loss")
+    resumed(tmp_path, unbroken)
+
+
 @pytest.mark.parametrize("where", ["draw", "loss"])
 def test_ctrl_c_leaves_the_average_in_the_model(where, tmp_path, monkeypatch):
     want = net()
