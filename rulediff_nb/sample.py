@@ -1,4 +1,4 @@
-"""The best denoiser of a finite training set, run through the sampler, returns training images and nothing else; what is new in a network's images comes from the network.
+"""The best possible denoiser of a finite training set can only copy when it is sampled; what is new in a network's images comes from the network.
 
 Docs: https://rulediff.github.io/rulediff_nb/sample.html.md"""
 
@@ -8,10 +8,9 @@ Docs: https://rulediff.github.io/rulediff_nb/sample.html.md"""
 __all__ = ['FITS', 'WEIGHTS', 'ExactDenoiser', 'Denoised', 'ddim', 'misfit', 'plan', 'sample_steps', 'sample_batches', 'sample',
            'load_pretrained', 'as_pipeline']
 
-# %% ../nbs/08_sample.ipynb #b1d98e52
+# %% ../nbs/08_sample.ipynb #5b2a62a6
 import copy, inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,7 +274,7 @@ def load_pretrained(
         raise StoreError(f"{Path(folder)/key}.json is for {world.name}-{world.palette}, expected {key}")
     return model.to(device or 'cpu', memory_format=torch.channels_last).eval()
 
-# %% ../nbs/08_sample.ipynb #8552f105
+# %% ../nbs/08_sample.ipynb #6b39e396
 def as_pipeline(
     model:RuleUNet, # shares its weights with the pipeline
 )->DDPMPipeline:    # of diffusers, with `save_pretrained` and `push_to_hub`

@@ -12,7 +12,7 @@ PATH = re.compile(r"(?<![\w.:/~-])/(?:wo" r"rk|root|home|tmp|Users|opt|mnt|conte
 BAR = re.compile(r"\d+%\|[ #\u2580-\u259f]|\bit/s\b|\bs/it\b|[\u2588\u2589\u258a-\u258f]{2}")
 HEADINGS = ("What we now know", "Differences from the paper", "Exercise")
 # notebooks whose exercises are still to come: the full lessons come later
-FIRST_FORM = {f"{n}.ipynb" for n in ("04_schedule", "05_unet", "06_store", "07_train", "08_sample")}
+FIRST_FORM = {f"{n}.ipynb" for n in ("04_schedule", "05_unet", "06_store", "07_train")}
 
 
 def size(mime, data):
