@@ -11,8 +11,6 @@ FIGURE, NOTEBOOK = 60_000, 300_000
 PATH = re.compile(r"(?<![\w.:/~-])/(?:wo" r"rk|root|home|tmp|Users|opt|mnt|content)/\w")
 BAR = re.compile(r"\d+%\|[ #\u2580-\u259f]|\bit/s\b|\bs/it\b|[\u2588\u2589\u258a-\u258f]{2}")
 HEADINGS = ("What we now know", "Differences from the paper", "Exercise")
-# notebooks whose exercises are still to come: the full lessons come later
-FIRST_FORM = {f"{n}.ipynb" for n in ("08_sample",)}
 
 
 def size(mime, data):
@@ -87,7 +85,7 @@ def form(nb, name):
     if name != "index.ipynb" and badge(name) not in source(cells[1]): out.append("cell 1 lacks the badge of this notebook")
     if re.match(r"0|1\d|2\d", name):
         heads = re.findall(r"(?m)^#{2,4} +(.*)$", "\n".join(source(c) for c in cells if c["cell_type"] == "markdown"))
-        want = HEADINGS[:2] if name in FIRST_FORM else HEADINGS
+        want = HEADINGS
         out += [f"no heading {h!r}" for h in want if not any(x.startswith(h) for x in heads)]
     if any("nbdev_export" in source(c) for c in cells): out.append("a lesson does not export itself")
     exports = [m[1] for c in cells if (m := re.search(r"#\| *default_exp +(\w+)", source(c)))]
@@ -97,7 +95,7 @@ def form(nb, name):
 
 def without_alt(nb, name):
     "Figures of a lesson that say nothing to those who cannot see them."
-    if not re.match(r"0|1\d|2\d", name) or name in FIRST_FORM: return []
+    if not re.match(r"0|1\d|2\d", name): return []
     return [f"cell {i}: a figure without fig-alt" for i, c in enumerate(nb["cells"]) if "fig-alt" not in source(c)
             and any(m.startswith("image/") for o in c.get("outputs", []) for m in o.get("data", {}))]
 

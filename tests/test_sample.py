@@ -1,24 +1,48 @@
-"Sampling: rows that belong to (seed, i), diffusers' schedulers, the same bits again, weights that load or are refused by name."
+"Sampling: the exact denoiser, rows that belong to (seed, i), diffusers' schedulers, weights that load or are refused by name."
+import csv
 import json
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
+import diffusers
 import pytest
+import sampling as script
 import torch
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
+    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
+from diffusers.utils import hub_utils
+from tree import ROOT, clean_env
 
 from rulediff_nb import sample as sampling
 from rulediff_nb.core import row_noise
-from rulediff_nb.sample import WEIGHTS, Denoised, ddim, load_pretrained, sample, sample_batches, sample_steps
+from rulediff_nb.metrics import nearest
+from rulediff_nb.sample import (
+    WEIGHTS,
+    Denoised,
+    ExactDenoiser,
+    as_pipeline,
+    ddim,
+    load_pretrained,
+    misfit,
+    sample,
+    sample_batches,
+    sample_steps,
+)
+from rulediff_nb.schedule import add_noise, amplitudes, solve
 from rulediff_nb.store import StoreError, list_releases, save_release
 from rulediff_nb.tasks import TASKS, get_task
-from rulediff_nb.unet import RuleUNet, unet
+from rulediff_nb.unet import RuleUNet, recipe, unet
 
 torch.set_num_threads(1)
 TASK = get_task("two_squares", palette="pure", size=16)
@@ -224,6 +248,275 @@ def test_a_timestep_may_be_a_number():
     a = NET.predict(x, torch.tensor([500]*3))
     for t in (500, torch.tensor(500), torch.tensor([500])): assert torch.equal(NET(x, t).sample, a)
     assert torch.equal(NET(x, 500, return_dict=False)[0], a)
+
+
+# ---------------------------------------------------------------- the exact denoiser
+
+X0 = TASK.sample(12, 3)[0]
+
+
+def exact(prediction="v_prediction", x0=X0, block=2**20, **kw):
+    return ExactDenoiser(x0, recipe("laptop", TASK, prediction=prediction, contrast=0., **kw), block)
+
+
+def by_loop(m, xt, t, train=X0):
+    "x0_hat and log density of each row in float64, image by image."
+    out = []
+    for x, k in zip(xt.double(), t):
+        s, n = m.abar[k].double().sqrt(), (1 - m.abar[k].double()).sqrt()
+        logits = torch.stack([-((x - s*v)**2).sum()/(2*n*n) for v in train.double()])
+        out.append((logits.softmax(0).view(-1, 1, 1, 1)*train.double()).sum(0))
+    return torch.stack(out)
+
+
+LEVELS = torch.tensor([0, 1, 10, 100, 300, 600, 999])
+
+
+def noisy(m, x0=None, seed=5):
+    x = TASK.sample(len(LEVELS), 4)[0] if x0 is None else x0.expand(len(LEVELS), -1, -1, -1)
+    return add_noise(x, LEVELS, row_noise(seed, range(len(LEVELS)), x.shape[1:]), m.abar)
+
+
+@pytest.mark.parametrize("betas", ["linear", "cosine", "zero_snr"])
+@every
+def test_the_exact_denoiser_is_the_posterior_mean(prediction, betas):
+    if (prediction, betas) == ("epsilon", "zero_snr"): pytest.skip("refused by the recipe")
+    m = exact(prediction, betas=betas)
+    xt = noisy(m)
+    want = by_loop(m, xt, LEVELS)
+    assert (m.x0_hat(xt, LEVELS) - want).abs().max() < 1e-4
+    told = solve(xt, m.predict(xt, LEVELS), LEVELS, m.abar, prediction)
+    seen = m.abar[LEVELS] > 1e-6 if prediction == "epsilon" else torch.ones(len(LEVELS), dtype=torch.bool)
+    assert (told.x0 - want)[seen].abs().max() < (1e-2 if prediction == "epsilon" else 1e-4)   # epsilon is divided by sqrt(abar) = .006
+    w = m.weights(xt, LEVELS)
+    assert w.shape == (len(LEVELS), 12) and (w.sum(1) - 1).abs().max() < 1e-5 and w.min() >= 0
+
+
+def test_the_exact_score_is_the_gradient_of_the_log_density():
+    m = exact()
+    for x, t in zip(noisy(m).double(), LEVELS[1:]):
+        s, n, x = m.abar[t].double().sqrt(), (1 - m.abar[t].double()).sqrt(), x.clone().requires_grad_()
+        log_p = torch.stack([-((x - s*v)**2).sum()/(2*n*n) for v in X0.double()]).logsumexp(0)
+        score, = torch.autograd.grad(log_p, x)
+        x0 = m.x0_hat(x.detach().float()[None], t[None])[0].double()
+        assert (n*n*score - (s*x0 - x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("broken", ["no signal", "no square", "no half"])
+def test_a_wrong_posterior_is_seen(broken):
+    m = exact()
+    xt, (s, n) = noisy(m), (v.flatten(1) for v in amplitudes(LEVELS, m.abar))
+    far = {"no signal": torch.cdist(xt.flatten(1), X0.flatten(1)), "no square": n.sqrt()*torch.cdist(xt.flatten(1)/s, X0.flatten(1))*s,
+           "no half": 2**.5*torch.cdist(xt.flatten(1)/s, X0.flatten(1))*s}[broken]
+    assert ((-.5*(far/n)**2).softmax(1) - m.weights(xt, LEVELS)).abs().max() > .01
+
+
+def test_memory_of_the_exact_denoiser_is_bounded(monkeypatch):
+    m, rows, weights = exact(block=4*(12 + 768)), [], ExactDenoiser.weights
+    monkeypatch.setattr(ExactDenoiser, "weights", lambda self, x, t: rows.append(len(x)) or weights(self, x, t))
+    xt, t = row_noise(0, range(11), (3, 16, 16)), torch.full((11,), 500)
+    a = m.predict(xt, t)
+    assert rows == [4, 4, 3] and (exact(block=1).predict(xt, t) - a).abs().max() < 1e-5 > (exact().predict(xt, t) - a).abs().max()
+    assert exact().predict(xt[:0], t[:0]).shape == (0, 3, 16, 16)
+
+
+def test_near_twins_and_a_single_image():
+    twins = torch.cat([X0[:1], X0[:1] + 1e-3*torch.sign(row_noise(1, [0], (3, 16, 16)))]).clamp(-1, 1)
+    m = exact(x0=twins)
+    xt = noisy(m, X0[:1])
+    assert (m.x0_hat(xt, LEVELS) - by_loop(m, xt, LEVELS, twins)).abs().max() < 1e-3
+    assert (exact(x0=X0[:1]).x0_hat(xt, LEVELS) - X0[:1]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("x0,error", [(X0[:0], ValueError), (X0*200, ValueError), (X0[0], ValueError), (None, TypeError)])
+def test_wrong_training_sets_are_refused(x0, error):
+    with pytest.raises(error): exact(x0=x0)
+
+
+def test_the_exact_denoiser_takes_no_labels():
+    with pytest.raises(ValueError, match="no labels"): exact().predict(X0, torch.tensor([3]*12), torch.zeros(12).long())
+
+
+@pytest.mark.parametrize("eta", [0., 1.])
+@every
+def test_samples_of_the_exact_denoiser_are_copies(prediction, eta):
+    x = sample(exact(prediction), 8, steps=50, eta=eta, seed=1)
+    assert nearest(x, X0).max() < .05 < torch.pdist(X0.flatten(1)).min()
+    assert (sample(exact(prediction), 8, steps=50, eta=eta, seed=1, batch=3) - x).abs().max() < 1e-3
+
+
+def test_the_exact_denoiser_is_called_like_a_network():
+    m, x = exact(), row_noise(0, range(3), (3, 16, 16))
+    a = m.predict(x, torch.tensor([500]*3))
+    for t in (500, torch.tensor(500), torch.tensor([500])): assert torch.equal(m(x, t).sample, a)
+
+
+# ---------------------------------------------------------------- which schedulers fit
+
+def make(name, **kw):
+    return getattr(diffusers, f"{name}Scheduler").from_config(NET.recipe.schedule().config, **kw)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", [
+    "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete",
+    "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "PNDM", "SASolver", "TCD",
+    "UniPCMultistep"])
+def test_these_fit(name, spacing):
+    s = make(name, timestep_spacing=spacing)
+    assert misfit(s, NET.recipe, 20) < .07
+    m, x = exact(), sample(exact(), 4, 20, seed=1, scheduler=s)
+    assert nearest(x, X0).max() < 1 < 2*torch.pdist(X0.flatten(1)).median()
+    assert (sample(m, 4, 20, seed=1, scheduler=s, batch=1) - x).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name,kw", [("DDIMInverse", {}), ("DPMSolverMultistepInverse", {}), ("CogVideoXDDIM", {}), ("CogVideoXDPM", {}),
+    ("EDMEuler", {}), ("EDMDPMSolverMultistep", {}), ("IPNDM", {}), ("CMStochasticIterative", {}), ("FlowMatchEulerDiscrete", {}),
+    ("FlowMatchHeunDiscrete", {}), ("RePaint", {}), ("DDPMWuerstchen", {}), ("ScoreSdeVe", {}), ("SCM", {}),
+    ("DPMSolverMultistep", dict(use_flow_sigmas=True)), ("UniPCMultistep", dict(use_flow_sigmas=True)),
+    ("EulerDiscrete", dict(timestep_type="continuous")), ("EulerDiscrete", dict(interpolation_type="log_linear")),
+    ("DDIM", dict(trained_betas=[.01]*1000)), ("DDIM", dict(trained_betas=[.01]*10))])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_these_are_refused_by_name(name, kw, steps):
+    with pytest.raises(ValueError, match=f"{name}Scheduler (does not|has other)"): sample(NET, 1, steps, scheduler=make(name, **kw))
+
+
+def test_a_scheduler_that_is_no_use_in_few_steps_is_refused():
+    with pytest.raises(ValueError, match="PNDMScheduler does not work with 3 steps"): sample(NET, 1, 3, scheduler=make("PNDM"))
+    with pytest.raises(ValueError, match="LCMScheduler does not work with 60 steps"): sample(NET, 1, 60, scheduler=make("LCM"))
+
+
+def test_a_scheduler_is_tried_once_and_not_changed(monkeypatch):
+    seen, s = [], make("DPMSolverMultistep")
+    before = {k: v.clone() if torch.is_tensor(v) else v for k, v in vars(s).items()}
+    monkeypatch.setattr(sampling, "misfit", lambda *a: seen.append(a) or 0.)
+    sample(NET, 4, 3, scheduler=s, batch=1)
+    sample(NET, 4, 3)
+    assert len(seen) == 1 and all(str(v) == str(vars(s)[k]) for k, v in before.items())
+
+
+def test_stochastic_solvers_draw_from_the_rows_without_eta():
+    "A solver whose noise eta does not switch."
+    for name, kw in (("DPMSolverMultistep", dict(algorithm_type="sde-dpmsolver++")), ("EulerAncestralDiscrete", {}), ("SASolver", {})):
+        a = []
+        for seed in (3, 4):
+            torch.manual_seed(seed)
+            state = torch.get_rng_state()
+            a.append(sample(NET, 3, 6, scheduler=make(name, **kw), seed=1))
+            assert torch.equal(state, torch.get_rng_state())
+        assert torch.equal(*a) and (sample(NET, 3, 6, scheduler=make(name, **kw), seed=1, batch=1) - a[0]).abs().max() < 1e-3
+
+
+# ---------------------------------------------------------------- ancestral, clipping
+
+@torch.no_grad()
+def ancestral(m, steps, clip, n=3, seed=2):
+    "Every state of diffusers' DDPMScheduler that is handed the fresh noise of our rows."
+    s, out = make("DDPM", timestep_spacing="trailing", clip_sample=clip), []
+    s.set_timesteps(steps)
+    x, *fresh = (row_noise(seed, range(n), (3, 16, 16), 20 + k) for k in range(steps + 1))
+    with mock.patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **kw: fresh.pop(0)):
+        for t in s.timesteps:
+            x = s.step(m(x, t).sample, t, x).prev_sample
+            out.append(x)
+    return torch.stack(out)
+
+
+def path(m, steps, clip, eta=1., n=3, seed=2):
+    return torch.stack([d.x for d in sample_steps(m, range(n), steps, eta, seed, ddim(m.recipe, clip))])
+
+
+@pytest.mark.parametrize("m,steps,bound", [(exact(), 1000, 1e-3), (exact(), 50, 1e-4), (NET, 50, 1e-3)])
+def test_eta_1_is_ancestral_sampling(m, steps, bound):
+    assert (path(m, steps, False) - ancestral(m, steps, False)).abs().max() < bound
+
+
+def test_with_clipping_they_part(): assert (path(NET, 20, True) - ancestral(NET, 20, True)).abs().max() > .01
+
+
+def test_clip_is_an_argument():
+    assert ddim(NET.recipe).config.clip_sample and not ddim(NET.recipe, clip=False).config.clip_sample
+    def largest(clip): return max(d.x0_hat.abs().max() for d in sample_steps(NET, range(2), 5, scheduler=ddim(NET.recipe, clip)))
+    assert largest(True) <= 1 < largest(False)
+
+
+# ---------------------------------------------------------------- stock diffusers, offline
+
+def quiet(pipe): return pipe.set_progress_bar_config(disable=True) or pipe
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS[:2])
+def test_stock_pipelines_draw_our_images(prediction, tmp_path):
+    m = net(prediction)
+    before = dict(m.config)
+    as_pipeline(m).save_pretrained(tmp_path)
+    index = json.loads((tmp_path/"model_index.json").read_text())
+    assert dict(m.config) == before and index["unet"] == ["rulediff_nb.unet", "RuleUNet"]
+    pipe = quiet(DDIMPipeline.from_pretrained(tmp_path))
+    def noise(shape, **kw): return row_noise(4, range(shape[0]), shape[1:], 20)
+    with mock.patch("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", noise):
+        x = pipe(batch_size=3, num_inference_steps=7, output_type="pt").images*2 - 1
+    assert (x - sample(m, 3, steps=7, seed=4)).abs().max() < 1e-5
+    y = quiet(DDPMPipeline.from_pretrained(tmp_path))(batch_size=2, num_inference_steps=7, output_type="pt").images
+    assert y.shape == (2, 3, 16, 16) and y.isfinite().all()
+    assert RuleUNet.from_pretrained(tmp_path, subfolder="unet").recipe == m.recipe
+
+
+def test_a_pipeline_loads_in_a_process_of_its_own(tmp_path):
+    "Nothing but the import of the network's module is needed; without it diffusers says so."
+    as_pipeline(NET).save_pretrained(tmp_path)
+    load = ("from diffusers import DDPMPipeline; p = DDPMPipeline.from_pretrained('.'); "
+            "print(p(num_inference_steps=2, output_type='np').images.shape)")
+    for first, good in (("import rulediff_nb.unet; ", True), ("", False)):
+        r = subprocess.run([sys.executable, "-c", first + load], cwd=tmp_path, env=clean_env(), capture_output=True, text=True)
+        assert (r.returncode == 0) == good and (r.stdout.strip() == "(1, 16, 16, 3)" if good else "rulediff_nb.unet" in r.stderr)
+
+
+def test_only_networks_become_pipelines():
+    with pytest.raises(TypeError, match="ExactDenoiser"): as_pipeline(exact())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_pushing_sends_a_folder_that_loads(whole, tmp_path, monkeypatch):
+    sent = {}
+
+    def upload(repo_id, folder_path, **kw):
+        sent["to"] = repo_id
+        shutil.copytree(folder_path, tmp_path/"hub")
+    monkeypatch.setattr(hub_utils, "create_repo", lambda repo_id, **kw: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(hub_utils, "upload_folder", upload)
+    (as_pipeline(NET) if whole else NET).push_to_hub("someone/two-squares")
+    again = DDPMPipeline.from_pretrained(tmp_path/"hub").unet if whole else RuleUNet.from_pretrained(tmp_path/"hub")
+    assert sent["to"] == "someone/two-squares" and again.recipe == NET.recipe and (tmp_path/"hub/README.md").exists()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in NET.state_dict().items())
+
+
+# ---------------------------------------------------------------- the stored table
+
+STORED = ROOT/"results/sampling/sampling.csv"
+
+
+@pytest.mark.skipif(not STORED.exists(), reason="no results/sampling/sampling.csv")
+def test_the_stored_table_is_sound():
+    rows = list(csv.DictReader(STORED.read_text().splitlines()))
+    known, keys = {script.key(s._asdict()) for s in script.settings(("sun_shadow", "two_squares"), 256)}, {script.key(r) for r in rows}
+    assert keys <= known and len(keys) == len(rows) and {r["schema"] for r in rows} == {"1"}
+    for r in rows:
+        for k in ("rule_gap", "yield_", "coarse", "diff"):
+            assert float(r[f"{k}_low"]) - 1e-6 <= float(r[k]) <= float(r[f"{k}_high"]) + 1e-6
+        assert float(r["rule_gap_floor"]) == 0 and abs(float(r["rule_gap_chance"]) - 1) < 1e-5
+        if (r["scheduler"], r["steps"], float(r["eta"]), r["clip"]) == ("DDIM", "50", 1., "True"): assert float(r["diff"]) == 0
+
+
+def test_the_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    s, drawn = script.settings(("two_squares",), 4)[:3], []
+    shipped = SimpleNamespace(recipe=NET.recipe, manifest=dict(images_in_set=64, set_seed=0))
+    monkeypatch.setattr(script, "load_pretrained", lambda *a: shipped)
+    monkeypatch.setattr(script, "draw", lambda model, s, batch: drawn.append(s) or (TASK.sample(s.n, 1)[0], 1.))
+    rows = list(script.lines(s, 4, set()))
+    assert drawn == s and [r["calls"] for r in rows] == [50, 5, 10] and rows[0]["diff"] == 0 and abs(rows[0]["rule_gap"]) < .05
+    again = list(script.lines(s, 4, {script.key(r) for r in csv.DictReader(script.to_csv(rows[:2]).splitlines())}))
+    assert [script.key(r) for r in again] == [script.key(rows[2])] and drawn[3:] == [s[0], s[2]]   # the reference is drawn again
 
 
 # ---------------------------------------------------------------- weights

@@ -1,0 +1,160 @@
+"""Measure what calls, eta, clipping and the scheduler do to a shipped model's images: `make sampling` (python tests/sampling.py).
+
+Writes results/sampling/sampling.csv, one line per setting: the report's rows with 95 % intervals, floor and chance, and the paired
+difference of rule_gap to 50 calls with eta 1 (the same rows, the same resamples). The file is written whole after every setting, and
+a setting that stands in it is not measured again (--again measures all), so the command may be stopped at any time.
+"""
+import argparse
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+
+from rulediff_nb.metrics import Measured, bootstrap, gap, interval, measure, real_images, rule_report, statistics
+from rulediff_nb.sample import ddim, load_pretrained, sample
+from rulediff_nb.store import write_atomic
+
+SCHEMA, SEED = 1, 8
+CALLS, ETAS = (5, 10, 20, 50, 100), (0., 1., .5)
+OTHERS = ("DDPM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver", "PNDM", "EulerDiscrete",
+          "EulerAncestralDiscrete", "LMSDiscrete")
+TWICE = ("HeunDiscrete", "KDPM2Discrete")   # two calls a step, but for the last
+SHARES = ("yield_", "coarse", "rule_gap", "rule_error", "error_px", "spread", "copies")
+
+
+class Setting(NamedTuple):
+    "One line's sampler."
+    world:str
+    palette:str
+    scheduler:str # DDIM: the package's own
+    steps:int     # as given to the scheduler
+    eta:float
+    clip:bool
+    n:int
+
+
+def settings(worlds, n):
+    "All settings in the order in which they are measured: the reference of a world first, what takes longest last."
+    def s(world, scheduler, steps, eta=0., clip=True, n=n): return Setting(world, "pure", scheduler, steps, eta, clip, n)
+    def grid(w):
+        yield s(w, "DDIM", 50, 1.)
+        yield from (s(w, "DDIM", c, e) for e in ETAS for c in CALLS if (c, e) != (50, 1.))
+        yield from (s(w, "DDIM", c, e, False) for c in (10, 50) for e in (0., 1.))
+    first, rest = worlds[0], [v for w in worlds[1:] for v in grid(w)]
+    others = [s(first, o, 20) for o in OTHERS] + [s(first, o, 10) for o in TWICE]
+    return [*grid(first), *others, s(first, "DDIM", 1000, 1., n=n//2), *rest, s(first, "DDPM", 1000, n=n//2)]
+
+
+def scheduler(s, recipe):
+    "The scheduler of a line, starting at the last noise level."
+    if s.scheduler == "DDIM": return ddim(recipe, s.clip)
+    return getattr(diffusers, f"{s.scheduler}Scheduler").from_config(recipe.schedule().config, timestep_spacing="trailing")
+
+
+def paired(m, ref, real, size, draws=1000):
+    "rule_gap of some rows less that of the same rows at the reference, with its interval; (0, 0, 0) for the reference."
+    def gaps(m, s0, c):
+        s = statistics(m, size)
+        return gap(s["rule_error"], s["yield_"], s0["rule_error"], s0["yield_"], c["rule_error"])
+    s0, c = statistics(real.floor, size), statistics(real.chance, size)
+    def both(m): return dict(gap=gaps(m, s0, c))
+    drawn = bootstrap(m, both, draws)["gap"] - bootstrap(ref, both, draws)["gap"]
+    return (gaps(m, s0, c) - gaps(ref, s0, c)).item(), *interval(drawn)
+
+
+def calls(s, recipe):
+    "How often the network is called: twice a step in some schedulers."
+    sch = scheduler(s, recipe)
+    sch.set_timesteps(s.steps)
+    return len(sch.timesteps)
+
+
+def line(s, x, of, seconds):
+    "One line of the file."
+    report, world = rule_report(of.world, x, train=of.train), of.world
+    out = dict(schema=SCHEMA, **s._asdict(), calls=calls(s, of.model.recipe))
+    for k in SHARES:
+        v = report.rows[k]
+        out |= {k: v.value, f"{k}_low": v.low, f"{k}_high": v.high, f"{k}_floor": v.floor, f"{k}_chance": v.chance}
+    c = report.rows["coverage"]
+    d = paired(measure(world, x), Measured(*(v[:len(x)] for v in of.ref)), real_images(world, len(x)), world.size)
+    out |= dict(coverage=c.value, coverage_real_high=c.more["real_high"]) | dict(zip(("diff", "diff_low", "diff_high"), d))
+    return out | dict(seconds=seconds, seed=SEED)
+
+
+def to_csv(rows):
+    "Lines as text."
+    out = io.StringIO()
+    w = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    w.writeheader()
+    for r in rows: w.writerow({k: "" if v is None else f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()})
+    return out.getvalue()
+
+
+def key(r): return tuple(str(r[k]) for k in Setting._fields[:4]) + (float(r["eta"]), str(r["clip"]), int(r["n"]))
+
+
+def draw(model, s, batch):
+    "The images of a setting, and the seconds that they took."
+    start = time.perf_counter()
+    return sample(model, s.n, s.steps, s.eta, SEED, scheduler(s, model.recipe), batch), time.perf_counter() - start
+
+
+class Shipped(NamedTuple):
+    "A shipped model and what its images are compared with."
+    model:torch.nn.Module
+    world:object
+    train:torch.Tensor
+    ref:Measured # its images at the reference
+    x:torch.Tensor # these images
+    seconds:float # that they took
+
+
+def shipped(s, batch):
+    "The model of a line, with the reference measured."
+    model = load_pretrained(s.world, s.palette)
+    world = model.recipe.world
+    train = world.sample(model.manifest["images_in_set"], model.manifest["set_seed"])[0]
+    x, seconds = draw(model, s, batch)
+    return Shipped(model, world, train, measure(world, x), x, seconds)
+
+
+def lines(jobs, batch, done):
+    "Measure the lines that are not done, one after the other."
+    reference, at = {}, {}
+    for s in jobs:
+        if s.world not in reference: reference[s.world] = s
+        if key(s._asdict()) in done: continue
+        if s.world not in at: at[s.world] = shipped(reference[s.world], batch)
+        x, seconds = (at[s.world].x, at[s.world].seconds) if s == reference[s.world] else draw(at[s.world].model, s, batch)
+        yield line(s, x, at[s.world], seconds)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--n", type=int, default=256, help="images per line; a line of 1000 calls gets half of it")
+    p.add_argument("--out", type=Path, default=Path("results/sampling"))
+    p.add_argument("--worlds", nargs="*", default=["sun_shadow", "two_squares"],
+                   help="the first one gets the other schedulers and 1000 calls too")
+    p.add_argument("--batch", type=int, default=128, help="images at a time")
+    p.add_argument("--again", action="store_true", help="measure every line again")
+    a = p.parse_args()
+    file = a.out/"sampling.csv"
+    rows = {key(r): r for r in csv.DictReader(io.StringIO(file.read_text()))} if file.exists() and not a.again else {}
+
+    for row in lines(settings(a.worlds, a.n), a.batch, set(rows)):
+        rows[key(row)] = row
+        write_atomic(file, to_csv(list(rows.values())).encode())
+        sys.stdout.write(f"{row['world']} {row['scheduler']} {row['calls']} calls, eta {row['eta']}, clip {row['clip']}: "
+                         f"rule_gap {row['rule_gap']:.3f}, {row['seconds']:.0f} s\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
