@@ -85,8 +85,7 @@ def form(nb, name):
     if name != "index.ipynb" and badge(name) not in source(cells[1]): out.append("cell 1 lacks the badge of this notebook")
     if re.match(r"0|1\d|2\d", name):
         heads = re.findall(r"(?m)^#{2,4} +(.*)$", "\n".join(source(c) for c in cells if c["cell_type"] == "markdown"))
-        want = HEADINGS
-        out += [f"no heading {h!r}" for h in want if not any(x.startswith(h) for x in heads)]
+        out += [f"no heading {h!r}" for h in HEADINGS if not any(x.startswith(h) for x in heads)]
     if any("nbdev_export" in source(c) for c in cells): out.append("a lesson does not export itself")
     exports = [m[1] for c in cells if (m := re.search(r"#\| *default_exp +(\w+)", source(c)))]
     if exports and exports != [re.sub(r"^\d+[a-z]?_|\.ipynb$", "", name)]: out.append(f"exports to {exports}")
