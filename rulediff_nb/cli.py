@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import rulediff_nb
-from .core import Panel, check_int, default_device, plot_panels, progress, row_generator, to_8bit
+from .core import Panel, check_int, default_device, from_bytes, plot_panels, progress, row_generator, to_8bit
 from .features import REASONS
 from .metrics import Measured, RuleReport, measure, measured, real_images, rule_report
 from .sample import WEIGHTS, load_pretrained, sample_batches
@@ -312,8 +312,7 @@ def _images(
     said = Counter(v for _, _, v in read)
     kinds = dict(opaque='alpha channel that is opaque everywhere, dropped', transparent='transparent, composed onto white')
     notes = [f"{said[k]} of {len(read)} images: {what}" for k, what in kinds.items() if said[k]]
-    x = torch.from_numpy(np.stack([v for _, v, _ in read])).permute(0, 3, 1, 2).float()/127.5 - 1
-    return Images(x, [k for k, _, _ in read], problems, notes)
+    return Images(from_bytes(np.stack([v for _, v, _ in read])), [k for k, _, _ in read], problems, notes)
 
 def _image_files(
     path:Path, # a folder

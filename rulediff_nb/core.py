@@ -6,8 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'check_images', 'check_range', 'to_8bit',
-           'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'explore',
-           'in_test', 'progress', 'Exercise']
+           'to_bytes', 'from_bytes', 'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic',
+           'plot_panels', 'light', 'explore', 'in_test', 'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
 import io, math, os, sys, warnings
@@ -103,6 +103,24 @@ def to_8bit(
 )->Tensor:    # same shape and dtype, only the 256 levels of a stored image
     "Clip to [-1,1] and round to 8 bits, so that real and drawn images are measured at one depth."
     return (x.clamp(-1, 1)*127.5 + 127.5).round()/127.5 - 1
+
+# %% ../nbs/00_core.ipynb #64c50b07
+def to_bytes(
+    x:Tensor,  # (n,3,s,s) in [-1,1]; what lies beyond is clipped
+)->np.ndarray: # (n,s,s,3) uint8, RGB
+    "Images as files store them; NaN becomes mid grey."
+    x = check_images(x).detach().float().cpu().nan_to_num(0.).clamp(-1, 1)
+    return (x*127.5 + 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+def from_bytes(
+    a:np.ndarray, # (n,s,s,3) uint8, RGB
+)->Tensor:        # (n,3,s,s) float32 in [-1,1]
+    "Stored images in the package's range; TypeError or ValueError says what is wrong."
+    if not isinstance(a, np.ndarray) or a.dtype != np.uint8:
+        raise TypeError(f"stored images must be a uint8 array, got {getattr(a, 'dtype', type(a).__name__)}")
+    if a.ndim != 4 or a.shape[3] != 3 or a.shape[1] != a.shape[2]:
+        raise ValueError(f"stored images must have shape (n,s,s,3), got {a.shape}")
+    return torch.tensor(a).permute(0, 3, 1, 2).contiguous().float()/127.5 - 1
 
 # %% ../nbs/00_core.ipynb #d475ac01
 def default_device()->torch.device: # the fastest one that is really there
