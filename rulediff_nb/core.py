@@ -102,7 +102,7 @@ def to_8bit(
     x:Tensor, # (n,3,s,s) in [-1,1]
 )->Tensor:    # same shape and dtype, only the 256 levels of a stored image
     "Clip to [-1,1] and round to 8 bits, so that real and drawn images are measured at one depth."
-    return (x.clamp(-1, 1)*127.5 + 127.5).round()/127.5 - 1
+    return x.clamp(-1, 1).mul_(127.5).add_(127.5).round_().div_(127.5).sub_(1)
 
 # %% ../nbs/00_core.ipynb #64c50b07
 def to_bytes(
