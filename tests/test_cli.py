@@ -292,6 +292,14 @@ def test_report_at_another_size_and_palette(tmp_path, capsys):
     assert status == 0 and "size=16" in out and "palette=pure" in out
 
 
+def test_images_are_measured_once(pngs, tmp_path, capsys, monkeypatch):
+    cls, seen = type(TASKS["two_squares"]), []
+    features = cls.features
+    monkeypatch.setattr(cls, "features", lambda self, x: seen.append(len(x)) or features(self, x))
+    assert run(capsys, *REPORT, pngs, "--per-image", tmp_path/"i.csv")[0] == 0
+    assert seen.count(8) == 1   # the floor has other images, and more of them
+
+
 ONE = Image.fromarray(PIXELS[0])
 
 
@@ -533,12 +541,12 @@ def test_a_row_per_image_of_an_array(tmp_path, capsys):
     assert (tmp_path/"i.CSV").read_text() == (tmp_path/"j.csv").read_text()
 
 
-def test_sides_that_are_not_finite_are_no_reading(monkeypatch):
+def test_sides_that_are_not_finite_are_no_reading():
     task = TASKS["two_squares"]
     f = task.features(from_bytes(PIXELS))
-    monkeypatch.setattr(type(task), "features", lambda self, x: f._replace(l1=f.l1.clone().index_fill_(0, torch.tensor([2]), math.nan)))
+    f = f._replace(l1=f.l1.clone().index_fill_(0, torch.tensor([2]), math.nan))
     found = cli.Images(from_bytes(PIXELS), list("abcdefgh"), [], [])
-    rows = list(csv.DictReader(cli.image_table(task, found).splitlines()))
+    rows = list(csv.DictReader(cli.image_table(task, found, f).splitlines()))
     assert [r["why"] for r in rows] == ["read"]*2 + ["not finite"] + ["read"]*5 and rows[2]["readable"] == "0" and not rows[2]["a"]
 
 
