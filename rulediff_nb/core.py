@@ -120,7 +120,7 @@ def from_bytes(
         raise TypeError(f"stored images must be a uint8 array, got {getattr(a, 'dtype', type(a).__name__)}")
     if a.ndim != 4 or a.shape[3] != 3 or a.shape[1] != a.shape[2]:
         raise ValueError(f"stored images must have shape (n,s,s,3), got {a.shape}")
-    return torch.tensor(a).permute(0, 3, 1, 2).contiguous().float()/127.5 - 1
+    return torch.tensor(a).permute(0, 3, 1, 2).float()/127.5 - 1
 
 # %% ../nbs/00_core.ipynb #d475ac01
 def default_device()->torch.device: # the fastest one that is really there
@@ -143,13 +143,14 @@ def show(
     x = check_images(x).detach().float().cpu().clamp(-1, 1)
     cols = min(check_int(cols, 'cols', 1), max(len(x), 1))
     rows = max(math.ceil(len(x)/cols), 1)
-    lines = max((t.count('\n') + 1 for t in titles), default=0)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*scale, rows*(scale + .2*lines)), squeeze=False)
+    head = max((.14*t.count('\n') + .24 for t in titles), default=0)   # inches for a title
+    wide, high, gap = cols*scale, rows*(scale + head), .05*scale
+    fig, axes = plt.subplots(rows, cols, figsize=(wide, high), squeeze=False)
+    fig.subplots_adjust(gap/2/wide, gap/2/high, 1 - gap/2/wide, 1 - (head + gap/2)/high, gap/(scale - gap), (head + gap)/(scale - gap))
     for ax in axes.flat: ax.set_axis_off()
     for i, (ax, img) in enumerate(zip(axes.flat, x)):
         ax.imshow((img.permute(1, 2, 0) + 1)/2, interpolation='nearest')
         if i < len(titles): ax.set_title(titles[i], fontsize=8)
-    fig.tight_layout(pad=.3)
     plt.close(fig)
     return fig
 
