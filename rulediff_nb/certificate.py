@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, pad
 
-from .core import check_int, row_noise, row_uniform, to_8bit
+from .core import check_int, from_bytes, row_noise, row_uniform, to_8bit, to_bytes
 from .features import REASONS, Oval, layout, oval_slopes
 from .metrics import bootstrap, interval, measured, share_interval
 from .tasks import PALETTE, Disc, Rect, Task, get_task, hsv_to_rgb, rect_coverage, shape_coverage
@@ -76,8 +76,7 @@ def jpeg(
         file = io.BytesIO()
         Image.fromarray(a).save(file, 'JPEG', quality=quality)
         return np.asarray(Image.open(file))
-    a = ((x + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return torch.from_numpy(np.stack([one(v) for v in a])).permute(0, 3, 1, 2).float()/127.5 - 1
+    return from_bytes(np.stack([one(a) for a in to_bytes(x)]))
 
 # %% ../nbs/03a_certificate.ipynb #6b7dde21
 class Condition(NamedTuple):

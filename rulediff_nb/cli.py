@@ -25,10 +25,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import rulediff_nb
-from .core import Panel, check_int, default_device, plot_panels, progress, row_generator, to_8bit
+from .core import Panel, check_int, default_device, from_bytes, plot_panels, progress, row_generator
 from .features import REASONS
 from .grid import jobs, run_grid
-from .metrics import Measured, RuleReport, measure, measured, real_images, rule_report
+from .metrics import Measured, RuleReport, measured, real_images, rule_report
 from .sample import WEIGHTS, load_pretrained, sample_batches
 from .store import StoreError, content_hash, list_releases, load_release, save_release, write_atomic
 from .tasks import Task, get_task
@@ -142,7 +142,8 @@ def demo(
         x, report = measure_model(model, n, steps, eta, seed)
         world = model.recipe.world
         lines += report_lines(f'{name} {palette}', report)
-        panels.append(Panel(f'{name} {palette}', x, readable_sides(measure(world, x.cpu())), readable_sides(real_images(world, n).floor)))
+        sides, floor = (readable_sides(m) for m in (measured(world, report.features), real_images(world, n).floor))
+        panels.append(Panel(f'{name} {palette}', x, sides, floor))
     took = f'{time.perf_counter() - start:.0f} s on {platform.machine()}, {default_device().type}, {torch.get_num_threads()} threads'
     head = f'{n} images per model, {steps} network calls per image, eta {eta:g}, seed {seed}; {took}'
     print(f'{head}\n\n{text_table(lines)}')
@@ -385,8 +386,7 @@ def _images(
     said = Counter(v for _, _, v in read)
     kinds = dict(opaque='alpha channel that is opaque everywhere, dropped', transparent='transparent, composed onto white')
     notes = [f"{said[k]} of {len(read)} images: {what}" for k, what in kinds.items() if said[k]]
-    x = torch.from_numpy(np.stack([v for _, v, _ in read])).permute(0, 3, 1, 2).float()/127.5 - 1
-    return Images(x, [k for k, _, _ in read], problems, notes)
+    return Images(from_bytes(np.stack([v for _, v, _ in read])), [k for k, _, _ in read], problems, notes)
 
 def _image_files(
     path:Path, # a folder
@@ -446,9 +446,9 @@ def markdown_report(
 def image_table(
     task:Task,    # the world
     found:Images, # what was read
+    f:NamedTuple, # what the ruler says of each image, such as a report's `features`
 )->str:           # CSV, lengths in pixels; empty where nothing was measured
     "One row per file: what the ruler read, or why it did not; files that could not be used come last."
-    f = task.features(to_8bit(found.x))
     out, m = io.StringIO(), measured(task, f)
     w = csv.writer(out, lineterminator='\n')
     w.writerow(('schema', 'file', 'readable', 'why', 'a', 'b', 'log_ratio', 'measured_px', 'predicted_px'))
@@ -486,7 +486,7 @@ def report(
     print(r, _counted(found) + (':' if found.problems else ''), *(f'  {p.name} {p.why}' for p in found.problems), sep='\n')
     if kind == 'csv': write_atomic(out, csv_table(report_lines(f'{task} {palette}', r, 'images')).encode())
     if kind == 'md': write_atomic(out, markdown_report(r, found).encode())
-    if per_image: write_atomic(per_image, image_table(world, found).encode())
+    if per_image: write_atomic(per_image, image_table(world, found, r.features).encode())
 
 # %% ../nbs/90_cli.ipynb #0f612737
 LIBRARIES = ('torch', 'numpy', 'diffusers', 'safetensors', 'huggingface_hub', 'fastcore', 'matplotlib', 'ipywidgets')

@@ -6,8 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'check_images', 'check_range', 'to_8bit',
-           'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'explore',
-           'in_test', 'progress', 'Exercise']
+           'to_bytes', 'from_bytes', 'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic',
+           'plot_panels', 'light', 'explore', 'in_test', 'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
 import io, math, os, sys, warnings
@@ -102,7 +102,25 @@ def to_8bit(
     x:Tensor, # (n,3,s,s) in [-1,1]
 )->Tensor:    # same shape and dtype, only the 256 levels of a stored image
     "Clip to [-1,1] and round to 8 bits, so that real and drawn images are measured at one depth."
-    return (x.clamp(-1, 1)*127.5 + 127.5).round()/127.5 - 1
+    return x.clamp(-1, 1).mul_(127.5).add_(127.5).round_().div_(127.5).sub_(1)
+
+# %% ../nbs/00_core.ipynb #64c50b07
+def to_bytes(
+    x:Tensor,  # (n,3,s,s) in [-1,1]; what lies beyond is clipped
+)->np.ndarray: # (n,s,s,3) uint8, RGB
+    "Images as files store them; NaN becomes mid grey."
+    x = check_images(x).detach().float().cpu().nan_to_num(0.).clamp(-1, 1)
+    return (x*127.5 + 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+def from_bytes(
+    a:np.ndarray, # (n,s,s,3) uint8, RGB
+)->Tensor:        # (n,3,s,s) float32 in [-1,1]
+    "Stored images in the package's range; TypeError or ValueError says what is wrong."
+    if not isinstance(a, np.ndarray) or a.dtype != np.uint8:
+        raise TypeError(f"stored images must be a uint8 array, got {getattr(a, 'dtype', type(a).__name__)}")
+    if a.ndim != 4 or a.shape[3] != 3 or a.shape[1] != a.shape[2]:
+        raise ValueError(f"stored images must have shape (n,s,s,3), got {a.shape}")
+    return torch.tensor(a).permute(0, 3, 1, 2).float()/127.5 - 1
 
 # %% ../nbs/00_core.ipynb #d475ac01
 def default_device()->torch.device: # the fastest one that is really there
@@ -125,13 +143,14 @@ def show(
     x = check_images(x).detach().float().cpu().clamp(-1, 1)
     cols = min(check_int(cols, 'cols', 1), max(len(x), 1))
     rows = max(math.ceil(len(x)/cols), 1)
-    lines = max((t.count('\n') + 1 for t in titles), default=0)
-    fig, axes = plt.subplots(rows, cols, figsize=(cols*scale, rows*(scale + .2*lines)), squeeze=False)
+    head = max((.14*t.count('\n') + .24 for t in titles), default=0)   # inches for a title
+    wide, high, gap = cols*scale, rows*(scale + head), .05*scale
+    fig, axes = plt.subplots(rows, cols, figsize=(wide, high), squeeze=False)
+    fig.subplots_adjust(gap/2/wide, gap/2/high, 1 - gap/2/wide, 1 - (head + gap/2)/high, gap/(scale - gap), (head + gap)/(scale - gap))
     for ax in axes.flat: ax.set_axis_off()
     for i, (ax, img) in enumerate(zip(axes.flat, x)):
         ax.imshow((img.permute(1, 2, 0) + 1)/2, interpolation='nearest')
         if i < len(titles): ax.set_title(titles[i], fontsize=8)
-    fig.tight_layout(pad=.3)
     plt.close(fig)
     return fig
 

@@ -585,7 +585,16 @@ def features_type(
 )->type:          # NamedTuple
     "The same fields and what the ruler says about itself."
     extra = [('readable', Tensor), ('why', Tensor), ('leftover', Tensor), ('error', Tensor)]
-    return NamedTuple(factors.__name__.replace('Factors', '') + 'Features', [(k, Tensor) for k in factors._fields] + extra)
+    made = NamedTuple(factors.__name__.replace('Factors', '') + 'Features', [(k, Tensor) for k in factors._fields] + extra)
+    made.__reduce__ = lambda self: (_features, (factors, *self))   # pickle looks for a class by its module and finds none
+    return made
+
+def _features(
+    factors:type,   # a task's `Factors`
+    *values:Tensor, # one per field
+)->tuple:           # of `features_type`
+    "Features from their parts, for pickle."
+    return features_type(factors)(*values)
 
 def with_gradient(
     task:Task,  # the world

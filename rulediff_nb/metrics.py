@@ -13,7 +13,7 @@ __all__ = ['FLOOR_SEED', 'ROWS', 'Measured', 'measured', 'measure', 'rule_errors
 # %% ../nbs/03_metrics.ipynb #10b36236
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -321,6 +321,7 @@ class RuleReport:
     task:dict             # `Task.spec()`
     n:int                 # images
     rows:dict[str,Value]  # by name, in the order of `ROWS`
+    features:tuple|None = field(default=None, compare=False) # what the ruler read: a NamedTuple of n rows, on the CPU
 
     def __getattr__(self,
         name:str, # one of `ROWS`
@@ -394,16 +395,16 @@ def rule_report(
     if not len(check_images(x, task.size)): raise ValueError("rule_report needs at least one image, got none")
     check_int(draws, 'draws', 1)
     f, real = task.features(to_8bit(x)), real_images(task, max(len(x), 64))
+    f = type(f)(*(v.cpu() for v in f))
     m = measured(task, f)
-    if m.a.device.type != 'cpu': m = Measured(*(v.cpu() for v in m))
     point, floor, chance, drawn = _points_and_draws(m, real, task.size, draws, seed)
     def row(k, **more): return Value(point[k].item(), *interval(drawn[k]), floor[k].item(), chance[k].item(), more)
     rows = {k: row(k) for k in ROWS if k in point}
     rows['error_px'] = row('error_px', p90=point['error_px_90'].item(), p90_floor=floor['error_px_90'].item())
     rows['rule_gap'] = row('rule_gap', terciles=tercile_gaps(m, real))
-    rows['coverage'] = _coverage_row(task, type(f)(*(v.cpu() for v in f)), real)
+    rows['coverage'] = _coverage_row(task, f, real)
     rows['copies'] = _copies_row(task, x, train)
-    return RuleReport(task.spec(), len(x), {k: rows[k] for k in ROWS})
+    return RuleReport(task.spec(), len(x), {k: rows[k] for k in ROWS}, f)
 
 def _coverage_row(
     task:Task, f:NamedTuple, real:Real, # see `coverage`

@@ -66,9 +66,9 @@ def quadrant_area(
     "Area of the unit disc left of `x` and below `y`, in closed form."
     x, y = x.clamp(-1, 1), y.clamp(-1, 1)
     c = ((1 - y)*(1 + y)).clamp(min=0).sqrt()
-    xc = torch.maximum(torch.minimum(x, c), -c)
-    cap = _half(xc) + _half(c) - y.abs()*(xc + c)
-    return torch.where(y < 0, cap, 2*_half(x) + math.pi/2 - cap)
+    hx, hc = _half(x), _half(c)   # _half rises: clipping its value is clipping its argument
+    cap = hx.clamp(-hc, hc) + hc - y.abs()*(x.clamp(-c, c) + c)
+    return torch.where(y < 0, cap, 2*hx + math.pi/2 - cap)
 
 def disc_window(
     disc:Disc, # n discs
@@ -243,9 +243,11 @@ class Task:
         chunk:int=2**17, # pixels drawn at once: few enough for a core's own memory
     )->Tensor:        # (n,3,size,size) in [-1,1]
         "Draw factors by exact area coverage on white; abutting shapes add."
-        step = max(chunk//self.size**2, 1)
-        parts = [self._render(self.Factors(*(v[i:i + step] for v in f))) for i in range(0, max(len(f[0]), 1), step)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        n, step = len(f.rgb), max(chunk//self.size**2, 1)
+        if n <= step: return self._render(f)
+        out = f.rgb.new_empty(n, 3, self.size, self.size)
+        for i in range(0, n, step): out[i:i + step] = self._render(self.Factors(*(v[i:i + step] for v in f)))
+        return out
 
     def _render(self,
         f:NamedTuple, # a chunk of factors
@@ -254,7 +256,7 @@ class Task:
         cover = torch.stack([shape_coverage(s, self.size) for s in self.shapes(f)], 1)
         ink = 2*(f.rgb - 1).transpose(1, 2)
         x = torch.baddbmm(ink.new_ones(1, 1, 1), ink, cover.flatten(2))
-        return x.view(-1, 3, self.size, self.size).clamp(-1, 1)
+        return x.view(-1, 3, self.size, self.size).clamp_(-1, 1)
 
 # %% ../nbs/01_tasks.ipynb #83a6ea23
 class SunFactors(NamedTuple):

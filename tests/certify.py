@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rulediff_nb.certificate import certify, conditions, refusals, to_csv
-from rulediff_nb.core import progress
+from rulediff_nb.core import progress, to_bytes
 from rulediff_nb.sample import sample
 from rulediff_nb.store import write_atomic
 from rulediff_nb.tasks import TASKS
@@ -38,7 +38,7 @@ def brief(n=96, steps=600):
         world = TASKS[name]
         model = train(unet("laptop", world, attention=(False, True, True)), world.sample(world.paper_n, 0)[0], steps)
         x = sample(model, n, steps=40, eta=1., seed=5)
-        out[name] = ((x.clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        out[name] = to_bytes(x)
     np.savez_compressed(file, **out)
     return file.getvalue()
 

@@ -4,7 +4,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
+from torch.nn.functional import avg_pool2d
 
+from rulediff_nb.core import from_bytes
 from rulediff_nb.tasks import Disc
 
 
@@ -22,6 +24,5 @@ def by_matplotlib(task, f, big=768):
         ax.set_axis_off()
         for k, shape in enumerate(task.shapes(f)): ax.add_patch(patch(shape, i, f.rgb[i, k].tolist()))
         canvas.draw()
-        pixels = torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).float()/127.5 - 1
-        out.append(pixels.view(task.size, big//task.size, task.size, big//task.size, 3).mean((1, 3)).permute(2, 0, 1))
-    return torch.stack(out)
+        out.append(avg_pool2d(from_bytes(np.asarray(canvas.buffer_rgba())[None, ..., :3]), big//task.size))
+    return torch.cat(out)

@@ -19,6 +19,7 @@ from tree import ROOT, clean_env
 
 from rulediff_nb import cli
 from rulediff_nb.cli import SCHEMA, SHOWN, load_images, main, read_images
+from rulediff_nb.core import from_bytes, to_bytes
 from rulediff_nb.features import REASONS
 from rulediff_nb.metrics import ROWS
 from rulediff_nb.sample import load_pretrained
@@ -31,7 +32,7 @@ torch.set_num_threads(1)
 REPORT = "report", "--task", "two_squares", "--images"   # then the images
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, prediction="sample", contrast=0.)
 TASK = get_task("two_squares", palette="pure", size=16)
-PIXELS = ((TASKS["two_squares"].sample(8, 0)[0] + 1)*127.5).round().byte().permute(0, 2, 3, 1).numpy()
+PIXELS = to_bytes(TASKS["two_squares"].sample(8, 0)[0])
 
 
 def run(capsys, *args):
@@ -272,7 +273,7 @@ def test_report_on_a_folder(pngs, tmp_path, capsys):
 
 
 def test_what_is_loaded_is_what_was_drawn(pngs, tmp_path):
-    want = torch.from_numpy(PIXELS).permute(0, 3, 1, 2).float()/127.5 - 1
+    want = from_bytes(PIXELS)
     assert torch.equal(load_images(pngs), want)
     for shape in (PIXELS, PIXELS.transpose(0, 3, 1, 2)):
         np.savez(tmp_path/"x.npz", images=shape)
@@ -286,9 +287,17 @@ def test_report_on_an_npz(tmp_path, capsys):
 
 
 def test_report_at_another_size_and_palette(tmp_path, capsys):
-    np.savez(tmp_path/"x.npz", ((TASK.sample(4, 0)[0] + 1)*127.5).round().byte().numpy())
+    np.savez(tmp_path/"x.npz", to_bytes(TASK.sample(4, 0)[0]))
     status, out, _ = run(capsys, *REPORT, tmp_path/"x.npz", "--palette", "pure")
     assert status == 0 and "size=16" in out and "palette=pure" in out
+
+
+def test_images_are_measured_once(pngs, tmp_path, capsys, monkeypatch):
+    cls, seen = type(TASKS["two_squares"]), []
+    features = cls.features
+    monkeypatch.setattr(cls, "features", lambda self, x: seen.append(len(x)) or features(self, x))
+    assert run(capsys, *REPORT, pngs, "--per-image", tmp_path/"i.csv")[0] == 0
+    assert seen.count(8) == 1   # the floor has other images, and more of them
 
 
 ONE = Image.fromarray(PIXELS[0])
@@ -405,7 +414,7 @@ def test_the_size_that_most_files_have_is_measured(tmp_path, capsys):
 @pytest.mark.parametrize("size", [16, 17, 48, 256])
 def test_all_sizes_of_worlds_are_read(size, tmp_path, capsys):
     x = TASK.with_(size=size).sample(3, 0)[0]
-    for i, v in enumerate((x + 1)*127.5): Image.fromarray(v.round().byte().permute(1, 2, 0).numpy()).save(tmp_path/f"{i}.png")
+    for i, v in enumerate(to_bytes(x)): Image.fromarray(v).save(tmp_path/f"{i}.png")
     assert (load_images(tmp_path) - x).abs().max() < 1/127
     if size < 32:
         status, out, _ = run(capsys, *REPORT, tmp_path, "--palette", "pure")
@@ -477,7 +486,7 @@ def test_an_array_with_alpha(tmp_path):
         np.savez(tmp_path/"x.npz", np.concatenate([PIXELS, alpha], 3).transpose(order))
         found = read_images(tmp_path/"x.npz")
         assert found.notes[1] == "3 of 8 images: transparent, composed onto white" and (found.x[2:5] == 1).all()
-        assert torch.equal(found.x[5:], torch.from_numpy(PIXELS[5:]).permute(0, 3, 1, 2)/127.5 - 1) and found.names[7] == "x.npz[7]"
+        assert torch.equal(found.x[5:], from_bytes(PIXELS[5:])) and found.names[7] == "x.npz[7]"
 
 
 @pytest.mark.parametrize("blob", [b"", b"x"*100, b"PK\3\4" + b"x"*100, None])
@@ -532,16 +541,13 @@ def test_a_row_per_image_of_an_array(tmp_path, capsys):
     assert (tmp_path/"i.CSV").read_text() == (tmp_path/"j.csv").read_text()
 
 
-def test_sides_that_are_not_finite_are_no_reading(monkeypatch):
+def test_sides_that_are_not_finite_are_no_reading():
     task = TASKS["two_squares"]
-    f = task.features(load_images_of(PIXELS))
-    monkeypatch.setattr(type(task), "features", lambda self, x: f._replace(l1=f.l1.clone().index_fill_(0, torch.tensor([2]), math.nan)))
-    found = cli.Images(load_images_of(PIXELS), list("abcdefgh"), [], [])
-    rows = list(csv.DictReader(cli.image_table(task, found).splitlines()))
+    f = task.features(from_bytes(PIXELS))
+    f = f._replace(l1=f.l1.clone().index_fill_(0, torch.tensor([2]), math.nan))
+    found = cli.Images(from_bytes(PIXELS), list("abcdefgh"), [], [])
+    rows = list(csv.DictReader(cli.image_table(task, found, f).splitlines()))
     assert [r["why"] for r in rows] == ["read"]*2 + ["not finite"] + ["read"]*5 and rows[2]["readable"] == "0" and not rows[2]["a"]
-
-
-def load_images_of(pixels): return torch.from_numpy(pixels).permute(0, 3, 1, 2)/127.5 - 1
 
 
 @pytest.mark.parametrize("name", ["r.md", "r.MD"])

@@ -20,6 +20,7 @@ from rulediff_nb.core import (
     check_int,
     default_device,
     explore,
+    from_bytes,
     mosaic,
     plot_panels,
     plot_rule,
@@ -29,6 +30,7 @@ from rulediff_nb.core import (
     row_uniform,
     show,
     to_8bit,
+    to_bytes,
     to_numpy,
 )
 
@@ -165,6 +167,51 @@ def test_8_bits(v):
 def test_8_bits_are_those_of_a_stored_image():
     level = torch.arange(256.)
     assert torch.equal(((to_8bit(level/127.5 - 1) + 1)*127.5).round(), level) and len(to_8bit(torch.linspace(-1, 1, 9999)).unique()) == 256
+
+
+def test_bytes_are_those_of_a_file():
+    x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert to_bytes(x)[0, :, :, 0].flatten().tolist() == list(range(256))
+    beyond = to_bytes(1.2*x)[0, :, :, 0].flatten()
+    assert (np.diff(beyond.astype(int)) >= 0).all() and beyond[0] == 0 and beyond[-1] == 255
+    assert (to_bytes(torch.full_like(x, math.nan)) == 128).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5), st.sampled_from([1, 4, 32]))
+def test_bytes_there_and_back(key, n, size):
+    a = np.random.default_rng(key).integers(256, size=(n, size, size, 3), dtype=np.uint8)
+    x = from_bytes(a)
+    assert x.dtype == torch.float32 and x.shape == (n, 3, size, size)
+    assert torch.equal(x, torch.from_numpy(a).permute(0, 3, 1, 2)/127.5 - 1) and torch.equal(to_8bit(x), x)
+    assert np.array_equal(((x + 1)*127.5).round().permute(0, 2, 3, 1).numpy(), a)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def test_a_file_holds_what_to_8bit_says(key, dtype):
+    x = 2*torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(key)) - 1
+    x[0, 0, 0, 0] = -1.
+    assert torch.equal(from_bytes(to_bytes(x.to(dtype))), to_8bit(x.to(dtype).float()))
+
+
+def test_from_bytes_copies_what_cannot_be_written():
+    a = np.zeros((1, 16, 16, 3), np.uint8)
+    a.flags.writeable = False
+    with warnings.catch_warnings(action="error"): from_bytes(a).add_(1)
+    assert not a.any()
+
+
+@pytest.mark.parametrize("bad,error,word", [
+    (np.zeros((1, 16, 16, 3)), TypeError, "float64"), (torch.zeros(1, 16, 16, 3, dtype=torch.uint8), TypeError, "uint8 array, got torch"),
+    ([[0]], TypeError, "list"), (np.zeros((16, 16, 3), np.uint8), ValueError, "shape"),
+    (np.zeros((1, 3, 16, 16), np.uint8), ValueError, "shape"), (np.zeros((1, 16, 16, 4), np.uint8), ValueError, "shape"),
+    (np.zeros((1, 16, 17, 3), np.uint8), ValueError, "shape")])
+def test_what_is_no_batch_of_files_is_refused(bad, error, word):
+    with pytest.raises(error, match=word): from_bytes(bad)
+
+
+@pytest.mark.parametrize("bad,error", [(images().numpy(), TypeError), (images()[0], ValueError), (images()*127.5 + 127.5, ValueError)])
+def test_what_is_no_batch_of_images_is_not_stored(bad, error):
+    with pytest.raises(error, match="images must "): to_bytes(bad)
 
 
 def test_a_device_that_is_there(): torch.zeros(1, device=default_device())

@@ -381,6 +381,16 @@ def test_an_unknown_row_is_an_attribute_error():
     assert copy.deepcopy(r) == r == pickle.loads(pickle.dumps(r))
 
 
+def test_a_report_keeps_what_was_read_and_shows_none_of_it():
+    import pickle
+    r = report(FRESH[:8])
+    assert all(torch.equal(a, b) for a, b in zip(r.features, SQ.features(to_8bit(FRESH[:8]))))
+    bare = RuleReport(r.task, r.n, r.rows)
+    assert bare == r and str(bare) == str(r) and bare.to_dict() == r.to_dict() and bare._repr_html_() == r._repr_html_()
+    again = pickle.loads(pickle.dumps(r)).features
+    assert type(again) is type(r.features) and all(torch.equal(a, b) for a, b in zip(again, r.features))
+
+
 def test_floor_images_are_not_those_of_a_small_seed():
     assert FLOOR_SEED > 2**60
     a = SQ.factors(50, FLOOR_SEED).l1

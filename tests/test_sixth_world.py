@@ -14,7 +14,7 @@ from torch import Tensor
 from tree import NBS, ROOT, clean_env, read_nb, source
 
 from rulediff_nb import cli
-from rulediff_nb.core import to_8bit
+from rulediff_nb.core import to_8bit, to_bytes
 from rulediff_nb.metrics import ROWS, rule_report
 from rulediff_nb.sample import load_pretrained, sample
 from rulediff_nb.store import StoreError, save_release
@@ -161,7 +161,7 @@ def test_the_commands_find_it(wheel, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(cli.REPORT, "steps", 1)
     cli.train("wheel", steps=2, n=8, score=64, out=str(tmp_path), weights=str(tmp_path/"w"))
     assert load_pretrained("wheel", folder=tmp_path/"w").manifest["steps"] == 2
-    np.savez(tmp_path/"x.npz", ((wheel.sample(8, 0)[0] + 1)*127.5).round().byte().numpy())
+    np.savez(tmp_path/"x.npz", to_bytes(wheel.sample(8, 0)[0]))
     assert cli.main(["report", "--task", "wheel", "--images", str(tmp_path/"x.npz"), "--per-image", str(tmp_path/"i.csv")]) == 0
     assert "name=wheel" in capsys.readouterr().out and len((tmp_path/"i.csv").read_text().splitlines()) == 9
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rulediff_nb.core import to_bytes
 from rulediff_nb.tasks import TASKS, Task
-from rulediff_nb.trap import Choices, blunt_read, crop_and_decode, crop_box, cropped, enlarged, line_fit, outlines, same_bin, to_bytes
+from rulediff_nb.trap import Choices, blunt_read, crop_and_decode, crop_box, cropped, enlarged, line_fit, outlines, same_bin
 
 YELLOW, BLUE, GREY = (1., 1., -1.), (-1., -1., 1.), (-.2, -.2, -.2)
 
@@ -99,13 +100,6 @@ def test_missing_opencv_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r"OpenCV.*dev extra.*rulediff_nb\[dev\]"):
         blunt_read(TASKS["two_circles"], torch.ones(1, 3, 32, 32))
-
-
-def test_bytes_are_those_of_a_file():
-    x = torch.linspace(-1, 1, 256).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    assert to_bytes(x)[0, :, :, 0].flatten().tolist() == list(range(256))
-    beyond = to_bytes(1.2*x)[0, :, :, 0].flatten()
-    assert (np.diff(beyond.astype(int)) >= 0).all() and beyond[0] == 0 and beyond[-1] == 255
 
 
 def test_outlines_come_largest_first_and_not_below_the_limit():

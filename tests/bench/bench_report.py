@@ -11,14 +11,14 @@ from rulediff_nb.tasks import TASKS
 PEAK = """
 import resource, torch
 from rulediff_nb.tasks import get_task
-import rulediff_nb.features
+from rulediff_nb.metrics import measure
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 task = get_task("sun_shadow", size={size})
-task.features(task.sample(64, 1)[0])
+measure(task, task.sample(64, 1)[0])
 before = peak()
 x = task.sample({n}, 0)[0]
 drawn = peak()
-task.features(x[:{read}])
+measure(task, x[:{read}])
 print(f"{{before:.2f}} GiB before, images {{x.nbytes/2**30:.2f}} GiB, {{drawn:.2f}} GiB when drawn, {{peak():.2f}} when {read} are read")
 """
 
