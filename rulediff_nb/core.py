@@ -64,6 +64,8 @@ def row_noise(
     device:torch.device|str|None=None, # where the result goes; drawn on the CPU all the same
 )->Tensor:                # (n,*shape) float32, N(0,1)
     "Normal noise, bit for bit the same for every batch size and device."
+    for name, v in dict(rows=rows, shape=shape).items():
+        if isinstance(v, int): raise TypeError(f"{name} must be a sequence, such as range({v}) or ({v},), got {v}")
     out = np.empty((len(rows), *shape), dtype=np.float32)
     for i, r in enumerate(rows):
         row_generator(seed, int(r), stream).standard_normal(out=out[i], dtype=np.float32)

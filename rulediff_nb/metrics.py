@@ -22,7 +22,7 @@ from torch import Tensor
 
 import rulediff_nb.features  # noqa: F401  (gives every task its `features`)
 from .core import check_images, check_int, row_generator, to_8bit
-from .tasks import Task, rgb_to_hsv
+from .tasks import Task, get_task, rgb_to_hsv
 
 # %% ../nbs/03_metrics.ipynb #346d8147
 class Measured(NamedTuple):
@@ -46,10 +46,11 @@ def measured(
     return Measured(a.clamp(min=1e-6), b.clamp(min=1e-6), task.coarse(features) & ok, got, want, ok)
 
 def measure(
-    task:Task, # the world
+    task:Task|str, # the world, or its name
     x:Tensor,  # (n,3,s,s) in [-1,1]
 )->Measured:   # n rows
     "Read images, rounded to 8 bits, with the task's ruler."
+    task = get_task(task) if isinstance(task, str) else task
     return measured(task, task.features(to_8bit(check_images(x, task.size))))
 
 # %% ../nbs/03_metrics.ipynb #08036c7f
@@ -385,13 +386,14 @@ def _points_and_draws(
     return _compared(s, s0, c), _compared(s0, s0, c), _compared(c, s0, c), _compared(bm, b0, bc)
 
 def rule_report(
-    task:Task,               # the world that the images are meant to show
+    task:Task|str,           # the world that the images are meant to show, or its name
     x:Tensor,                # (n,3,size,size) in [-1,1]
     train:Tensor|None=None,  # (N,3,size,size) training images; without them copies are not measured
     draws:int=1000,          # bootstrap resamples
     seed:int=0,              # of the bootstrap; the fresh real images have their own
 )->RuleReport:               # each number beside floor and chance
     "Measure images against the world's rule; ValueError for no images, or images that do not fit the world."
+    task = get_task(task) if isinstance(task, str) else task
     if not len(check_images(x, task.size)): raise ValueError("rule_report needs at least one image, got none")
     check_int(draws, 'draws', 1)
     f, real = task.features(to_8bit(x)), real_images(task, max(len(x), 64))

@@ -171,6 +171,7 @@ def plan(
     scheduler:SchedulerMixin|None=None, # a diffusers scheduler; None: `ddim`
 )->SchedulerMixin:         # a copy, its noise levels set
     "Check a sampler's arguments before any work; ValueError or TypeError names what does not fit the model."
+    if not hasattr(model, 'recipe'): raise TypeError(f"a model carries a recipe, as unet(...) or load_pretrained(...) give it, got {model!r}"[:200])
     check_int(seed, 'seed'), check_int(steps, 'steps', 1, model.recipe.T)
     if not 0 <= eta <= 1: raise ValueError(f"eta must be in [0,1], got {eta}")
     sch = _check_scheduler(scheduler, model.recipe, steps, eta) if scheduler is not None else ddim(model.recipe)

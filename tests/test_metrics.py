@@ -420,3 +420,11 @@ def test_values_are_clamped_below():
     f = SimpleNamespace(l1=torch.tensor([0., 1.]), l2=torch.tensor([-1., 1.]), readable=torch.tensor([True, True]))
     m = metrics.measured(SQ, f)
     assert m.a.tolist() == [1e-6, 1.5] and m.b.tolist() == [1e-6, 1.] and m.a.dtype == torch.float64
+
+
+def test_a_world_may_be_named():
+    x = get_task("two_squares").sample(16, 3)[0]
+    assert rule_report("two_squares", x).to_dict() == rule_report(get_task("two_squares"), x).to_dict()
+    assert torch.equal(measure("two_squares", x).a, measure(get_task("two_squares"), x).a)
+    for f in (rule_report, measure):
+        with pytest.raises(ValueError, match="unknown task 'moon'"): f("moon", x)
