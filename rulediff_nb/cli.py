@@ -188,7 +188,7 @@ def train(
     x0, _ = world.sample(check_int(n, 'n') or world.paper_n, seed)
     fields, here = changes(preset, lr, attention) | parse_change(change), PartialState()
     model, remarks, batches = begin(unet(preset, world, seed, **fields), seed, start)
-    tail = f'-after-{remarks["before"]}' if start else ''
+    tail = f'-after-{remarks["before"]}-{remarks["start_sha256"][:8]}' if start else ''
     folder = check_folder(Path(out)/f'{world.name}-{palette}-{preset}-{steps}-{seed}{tail}')
     if fields: folder = check_folder(f'{folder}-{content_hash({}, fields)[:8]}')
     work = train_steps(model.to(here.device), x0, folder, steps, batches, remarks=remarks, compiled=compiled)
@@ -232,7 +232,7 @@ def changes(
     levels = len(PRESETS[preset].channels) if preset in PRESETS else 1   # an unknown preset is named by `unet`
     return (dict(lr=lr) if lr else {}) | (dict(attention=(False,) + (True,)*(levels - 1)) if attention else {})
 
-KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'images_in_set', 'images_sha256', 'seconds',
+KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'start_sha256', 'images_in_set', 'images_sha256', 'seconds',
         'hardware', 'torch', 'diffusers', 'revision')  # what a manifest takes over from the checkpoint
 
 def begin(
@@ -248,7 +248,8 @@ def begin(
     try: grow(model, kept)
     except ValueError as e: raise StoreError(f"{start}: {e}") from e
     before = meta['before'] + meta['steps']
-    return model, dict(set_seed=seed, before=before), int(row_generator(seed, before, stream=11).integers(2**62))
+    remarks = dict(set_seed=seed, before=before, start_sha256=content_hash(kept, {}))
+    return model, remarks, int(row_generator(seed, before, stream=11).integers(2**62))
 
 def release(
     folder:str|Path,  # of a finished run
@@ -261,7 +262,7 @@ def release(
     model.load_state_dict({k: v.half().float() for k, v in kept.items()})   # measured as shipped
     model.manifest, world = meta, model.recipe.world
     _, report = measure_model(model.to(default_device()).eval(), **how)
-    said = {k: meta[k] for k in KEPT}
+    said = {k: meta[k] for k in KEPT if k in meta}
     said |= dict(images_seen=(meta['before'] + meta['steps'])*model.recipe.batch, report=dict(how, rows=report.to_dict()))
     print(report)
     return save_release(weights, f'{world.name}-{world.palette}', kept, said)

@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/grid.html.md"""
 
 # %% auto #0
 __all__ = ['LEVELS', 'SCORES', 'Job', 'jobs', 'job_recipe', 'denoising_error', 'measure_run', 'run_job', 'engine', 'run_grid',
-           'grid_table', 'pace', 'read_table']
+           'stored_rows', 'grid_table', 'pace', 'read_table']
 
 # %% ../nbs/08a_grid.ipynb #88dcaa22
 import csv, io, itertools, json, math, time
@@ -24,7 +24,7 @@ from .sample import sample
 from .schedule import add_noise, solve
 from .store import StoreError, content_hash, write_atomic
 from .tasks import get_task
-from .train import Run, provenance, train_steps
+from .train import Run, claim, provenance, train_steps
 from .unet import RuleUNet, recipe, unet
 
 # %% ../nbs/08a_grid.ipynb #21ba7d1f
@@ -45,8 +45,10 @@ class Job(NamedTuple):
 
     @property
     def key(self)->str: # a folder's name
-        "A name that no other job has."
-        return f'{self.task}-{self.palette}-{self.preset}-{self.steps}-{self.seed}-{content_hash({}, self._asdict())[:8]}'
+        "A name that no job with another recipe, length, seed or training set has."
+        r = job_recipe(self)
+        what = dict(recipe=r.to_dict(), steps=self.steps, seed=self.seed, n=self.n or r.world.paper_n)
+        return f'{self.task}-{self.palette}-{self.preset}-{self.steps}-{self.seed}-{content_hash({}, what)[:8]}'
 
 def jobs(
     tasks:list[str],           # keys of `TASKS`
@@ -116,15 +118,16 @@ def run_job(
     "Train, or resume, and measure; a job whose result is stored is not run again."
     folder = Path(out)/job.key
     done = folder/'result.json'
-    if done.exists(): return json.loads(done.read_text())
+    if done.exists() and (row := json.loads(done.read_text()))['images'] == images: return row
     torch.set_num_threads(threads)
     world = get_task(job.task, palette=job.palette)
     x0, _ = world.sample(job.n or world.paper_n, job.seed)
-    model, tail, cpu = unet(job.preset, world, job.seed, **dict(job.changes)), [], time.process_time()
-    for s in train_steps(model, x0, folder, job.steps, job.seed, every=30.): tail = [*tail[-99:], s.loss]
+    model, log, cpu = unet(job.preset, world, job.seed, **dict(job.changes)), [], time.process_time()
+    for s in train_steps(model, x0, folder, job.steps, job.seed, every=30.): log.append(s.loss)
+    whole, tail = len(log) == job.steps, log[-100:]   # a resumed run knows neither its time nor all of its losses
     row = dict(job._asdict(), changes=dict(job.changes), label=job.label, seen=job.steps*model.recipe.batch,
-               cpu_seconds=time.process_time() - cpu, loss=sum(tail)/max(len(tail), 1))
-    row |= measure_run(model, job, images) | provenance()
+               cpu_seconds=time.process_time() - cpu if whole else None, loss=sum(tail)/len(tail) if whole else None)
+    row |= measure_run(model, job, images) | provenance(next(model.parameters()).device)
     write_atomic(done, (json.dumps(row, indent=1) + '\n').encode())
     return json.loads(done.read_text())
 
@@ -149,7 +152,9 @@ def engine(
     elif name == 'ray':
         ray.init(address=address or None, num_cpus=None if address else workers)
         register_ray()
-        with joblib.parallel_config('ray'): yield
+        try:
+            with joblib.parallel_config('ray'): yield
+        finally: ray.shutdown()
     else: yield
 
 def _attempt(
@@ -168,14 +173,28 @@ def run_grid(
     images:int=256,    # for each report
     threads:int=1,     # of the CPU, per job
 )->Iterator[dict]:     # rows as they are finished
-    "Run a grid, or what is missing of it; grid.csv is renewed after each run."
-    rows = []
+    "Run a grid, or what is missing of it; grid.csv holds all of the folder's results and is renewed after each run."
+    failed, lock = [], claim(out)
+    try:
+        for row in _results(plan, str(out), workers, name, address, images, threads):
+            if 'error' in row: failed.append(row)
+            write_atomic(Path(out)/'grid.csv', grid_table(stored_rows(out) + failed).encode())
+            yield row
+    finally: lock.release()
+
+def _results(
+    plan:list[Job], out:str, workers:int, name:str, address:str, images:int, threads:int, # see `run_grid`
+)->Iterator[dict]:                                                                       # rows as they are finished
+    "joblib's part of `run_grid`."
     with engine(name, address, workers):
         work = joblib.Parallel(n_jobs=check_int(workers, 'workers', 1), return_as='generator_unordered', batch_size=1)
-        for row in work(joblib.delayed(_attempt)(j, str(out), images, threads) for j in plan):
-            rows.append(row)
-            write_atomic(Path(out)/'grid.csv', grid_table(rows).encode())
-            yield row
+        yield from work(joblib.delayed(_attempt)(j, out, images, threads) for j in plan)
+
+def stored_rows(
+    out:str|Path, # folder of a grid
+)->list[dict]:    # what `run_job` gave
+    "The results that stand in a grid's folder."
+    return [json.loads(f.read_text()) for f in sorted(Path(out).glob('*/result.json'))]
 
 def grid_table(
     rows:list[dict], # what `run_job` gave

@@ -103,6 +103,7 @@ def _noise_args(
 )->dict:                      # keyword arguments for `scheduler.step`
     "Fresh noise in the form that the scheduler takes, each row from its own generator."
     takes = inspect.signature(scheduler.step).parameters
+    if 'eta' in takes and scheduler.alphas_cumprod[-1] == 0: eta = min(eta, 1 - 1e-6)   # at 1, rounding may ask for a negative variance
     out = dict(eta=eta) if 'eta' in takes else {}
     if {'eta', 'variance_noise'} <= set(takes):
         return out if not eta else out | dict(variance_noise=row_noise(seed, rows, x.shape[1:], 21 + k, x.device).to(x.dtype))
@@ -171,7 +172,7 @@ def plan(
     scheduler:SchedulerMixin|None=None, # a diffusers scheduler; None: `ddim`
 )->SchedulerMixin:         # a copy, its noise levels set
     "Check a sampler's arguments before any work; ValueError or TypeError names what does not fit the model."
-    if not hasattr(model, 'recipe'): raise TypeError(f"a model carries a recipe, as unet(...) or load_pretrained(...) give it, got {model!r}"[:200])
+    if not hasattr(model, 'recipe'): raise TypeError(f"a model must carry a recipe, as unet(...) gives it, got {type(model).__name__}")
     check_int(seed, 'seed'), check_int(steps, 'steps', 1, model.recipe.T)
     if not 0 <= eta <= 1: raise ValueError(f"eta must be in [0,1], got {eta}")
     sch = _check_scheduler(scheduler, model.recipe, steps, eta) if scheduler is not None else ddim(model.recipe)
@@ -224,6 +225,7 @@ def sample_batches(
         for d in _run(model, range(i, min(i + batch, n)), sch, eta, seed, None if y is None else y[i:i + batch]):
             x = d.x
             yield None
+        if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} calls")
         yield x.clamp(-1, 1).float()
 
 def sample(

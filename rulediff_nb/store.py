@@ -91,6 +91,13 @@ def load_tensors(
     return tensors, meta
 
 # %% ../nbs/06_store.ipynb #704cf5ef
+def _seal(
+    manifest:dict, # JSON-ready
+)->str:            # 64 hexadecimal digits
+    "SHA-256 of all that a manifest says but this."
+    text = json.dumps({k: v for k, v in manifest.items() if k != 'manifest_sha256'}, sort_keys=True, allow_nan=False)
+    return sha256(text.encode())
+
 def save_release(
     folder:str|Path,          # where to
     name:str,                 # file name without its ending
@@ -102,7 +109,8 @@ def save_release(
     bad = [k for k, v in half.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad: raise StoreError(f"{bad} cannot be stored in half precision: not finite there")
     blob = save(half, metadata=dict(format='pt'))
-    text = json.dumps(dict(manifest, sha256=sha256(blob), bytes=len(blob)), indent=1, allow_nan=False) + '\n'
+    said = dict({k: v for k, v in manifest.items() if k != 'manifest_sha256'}, sha256=sha256(blob), bytes=len(blob))
+    text = json.dumps(dict(said, manifest_sha256=_seal(said)), indent=1, allow_nan=False) + '\n'
     write_atomic(Path(folder)/f'{name}.safetensors', blob)
     write_atomic(Path(folder)/f'{name}.json', text.encode())
     return json.loads(text)
@@ -124,6 +132,8 @@ def load_manifest(
     except ValueError as e: raise StoreError(f"{path} is not JSON: {e}") from e
     if not isinstance(manifest, dict) or not {'sha256', 'recipe'} <= set(manifest):
         raise StoreError(f"{path} is no manifest: it lacks 'sha256' or 'recipe'")
+    found, want = _seal(manifest), manifest.get('manifest_sha256')
+    if found != want: raise StoreError(f"{path} was changed: found manifest_sha256 {found}, expected {want}")
     return manifest
 
 def load_release(

@@ -270,13 +270,16 @@ def load_run(
     return meta
 
 # %% ../nbs/07_train.ipynb #9bff192b
-def provenance()->dict: # JSON-ready
+def provenance(
+    device:torch.device|None=None, # that the run is on; None: the default one
+)->dict:                           # JSON-ready
     "Where a run happened: hardware, library versions, and the source's revision if it is a git checkout."
     import diffusers, rulediff_nb
     root = Path(rulediff_nb.__file__).parents[1]
-    git = subprocess.run(['git', '-C', str(root), 'rev-parse', '--show-toplevel', 'HEAD'], capture_output=True, text=True)
-    top, revision = git.stdout.split() if git.returncode == 0 else ('', '')
-    device = default_device()
+    try: said = subprocess.run(['git', '-C', str(root), 'rev-parse', '--show-toplevel', 'HEAD'], capture_output=True, text=True).stdout
+    except OSError: said = ''   # no git here
+    top, revision = said.splitlines() if said.count('\n') == 2 else ('', '')
+    device = device or default_device()
     name = torch.cuda.get_device_name() if device.type == 'cuda' else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return dict(hardware=name, torch=torch.__version__, diffusers=diffusers.__version__,
                 revision=revision if top and Path(top) == root else 'not a git checkout')
@@ -285,12 +288,15 @@ def _resume(
     run:Run,     # a fresh one
     path:Path,   # of its checkpoint, which may not be there
     about:dict,  # what the checkpoint shall say about the run
+    remarks:dict, # the part of `about` that must be the same
 )->dict:         # the same, or what the checkpoint says
-    "Go on from a checkpoint if there is one; StoreError if it is of another run or another training set."
+    "Go on from a checkpoint if there is one; StoreError if it is of another run, training set or beginning."
     if not path.exists(): return about
     meta = load_run(run, path)
     if meta['images_sha256'] != about['images_sha256']:
         raise StoreError(f"{path} was trained on another set of {meta['images_in_set']} images or labels, got {about['images_in_set']}")
+    wrong = _differences({k: meta.get(k) for k in remarks}, remarks)
+    if wrong: raise StoreError(f"{path} belongs to another run: its {'; its '.join(wrong)}")
     return about | {k: v for k, v in meta.items() if k in about}
 
 def claim(
@@ -321,10 +327,10 @@ def train_steps(
     y = check_set(model, x0, y)
     run, path = Run(model.train(), steps, seed, compiled), Path(folder)/'checkpoint.safetensors'
     data = dict(x0=x0) if y is None else dict(x0=x0, y=y)
-    about = dict(provenance(), **remarks or {}, images_in_set=len(x0), images_sha256=content_hash(data, {}), seconds=0.)
+    about = dict(provenance(run.device), **remarks or {}, images_in_set=len(x0), images_sha256=content_hash(data, {}), seconds=0.)
     lock = claim(folder) if run.acc.is_main_process else None
     try:
-        about = _resume(run, path, about)
+        about = _resume(run, path, about, remarks or {})
         yield from _saved_steps(run, x0.float().to(run.device), None if y is None else y.to(run.device), path, every, about)
     finally:
         if lock: lock.release()

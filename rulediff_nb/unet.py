@@ -1,4 +1,4 @@
-"""A denoiser whose pixels cannot see both ends of a rule draws at chance, however good it is otherwise; what a network sees, and what seeing costs, can be measured.
+"""A denoiser whose pixels cannot see both ends of a rule draws at chance or little below it, however good it is otherwise; what a network sees, and what seeing costs, can be measured.
 
 Docs: https://rulediff.github.io/rulediff_nb/unet.html.md"""
 
@@ -53,6 +53,15 @@ class Recipe:
     conditions:int = 0                  # continuous conditions; 0: none
     label_drop:float = .1               # share of labels or conditions that are hidden while training
     epochs:int|None = None              # published length of training, for preset "paper"
+
+    def __post_init__(self):
+        for ok, what in ((self.batch >= 1, f"batch must be at least 1, got {self.batch}"),
+                         (0 <= self.ema < 1, f"ema must be in [0,1), got {self.ema}"),
+                         (not (self.classes and self.conditions), "a network takes class labels or conditions, not both"),
+                         (self.precision in ('fp32', 'bf16', 'fp16'), f"precision must be fp32, bf16 or fp16, got {self.precision!r}"),
+                         (not self.contrast or self.prediction == 'v_prediction',
+                          f"contrast preconditions v_prediction alone: with {self.prediction!r} it must be 0, got {self.contrast}")):
+            if not ok: raise ValueError(what)
 
     @property
     def world(self)->Task: # the world of `task`

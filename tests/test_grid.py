@@ -151,3 +151,33 @@ def test_the_command_says_when_runs_failed(tmp_path, capsys):
     assert cli.main(["grid", "two_squares", "--changes", WORDS + " optimizer=magic", "--steps", "1", "--seeds", "0", "--n", "32",
                      "--workers", "1", "--out", str(tmp_path)]) == 1
     assert "1 of 1 runs failed" in capsys.readouterr().err
+
+
+def test_equal_recipes_share_a_key():
+    a, b = (jobs(["two_circles"], changes=[c])[0].key for c in (dict(lr=.5, batch=8), dict(batch=8, lr=.5)))
+    assert a == b != jobs(["two_circles"], changes=[dict(lr=.25, batch=8)])[0].key
+    full = jobs(["two_circles"], n=2000)[0]
+    assert full.key == jobs(["two_circles"])[0].key   # n=0 is the study's 2000
+
+
+def test_other_images_are_measured_again(tmp_path):
+    job = plan()[0]
+    assert [run_job(job, tmp_path, k)["images"] for k in (16, 24, 24)] == [16, 24, 24]
+
+
+def test_a_finished_run_without_a_result_does_not_invent_its_time(tmp_path):
+    job = plan()[0]
+    first = run_job(job, tmp_path, 16)
+    (tmp_path/job.key/"result.json").unlink()
+    again = run_job(job, tmp_path, 16)
+    assert first["cpu_seconds"] > 0 and again["cpu_seconds"] is None is again["loss"] and again["rule_gap"] == first["rule_gap"]
+
+
+def test_a_second_grid_adds_to_the_table_and_never_runs_beside_the_first(tmp_path):
+    a, b = plan()
+    list(run_grid([a], tmp_path, 1, images=16))
+    grids = run_grid([b], tmp_path, 1, images=16), run_grid([b], tmp_path, 1, images=16)
+    next(grids[0])
+    with pytest.raises(ValueError, match="another run is at work"): next(grids[1])
+    list(grids[0])
+    assert len(list(csv.DictReader((tmp_path/"grid.csv").open()))) == 2

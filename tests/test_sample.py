@@ -25,6 +25,7 @@ from diffusers.utils import hub_utils
 from tree import ROOT, clean_env
 
 from rulediff_nb import sample as sampling
+from rulediff_nb import store
 from rulediff_nb.core import row_noise
 from rulediff_nb.metrics import nearest
 from rulediff_nb.sample import (
@@ -570,7 +571,8 @@ def test_weights_that_do_not_fit_their_recipe_are_refused_by_name(change, tmp_pa
     shipped(tmp_path)
     j = tmp_path/"two_squares-pure.json"
     manifest = json.loads(j.read_text())
-    j.write_text(json.dumps(manifest | dict(recipe=manifest["recipe"] | change)))
+    changed = manifest | dict(recipe=manifest["recipe"] | change)
+    j.write_text(json.dumps(changed | dict(manifest_sha256=store._seal(changed))))
     with pytest.raises(ValueError, match="two_squares-pure"): load_pretrained("two_squares", folder=tmp_path)
 
 
@@ -601,3 +603,20 @@ def test_each_world_has_weights(): assert {k.rsplit("-", 1)[0] for k in SHIPPED}
 
 
 def test_names_exported_exist(): assert all(hasattr(sampling, k) for k in sampling.__all__)
+
+
+@pytest.mark.parametrize("steps", [10, 20, 40, 250])
+def test_no_signal_at_the_last_level_is_sampled_with_fresh_noise(steps):
+    model = ExactDenoiser(get_task("two_squares").sample(4, 0)[0], recipe("laptop", "two_squares", betas="zero_snr"))
+    assert sampling.sample(model, 2, steps, 1.).isfinite().all()
+
+
+def test_an_end_that_is_no_number_is_never_returned():
+    class Broken(ExactDenoiser):
+        def predict(self, xt, t, y=None): return xt*float("nan")
+    with pytest.raises(FloatingPointError, match="NaN or infinity after 3 calls"):
+        sampling.sample(Broken(get_task("two_squares").sample(4, 0)[0], recipe("laptop", "two_squares")), 2, 3)
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(TypeError, match="recipe.*got str"): sampling.sample("two_squares")

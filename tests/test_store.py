@@ -308,8 +308,17 @@ def test_a_manifest_that_is_no_text(folder):
 @pytest.mark.parametrize("value", ["0"*64, "", None, 3])
 def test_a_manifest_with_another_hash(value, folder):
     f = folder/"w-pure.json"
-    f.write_text(json.dumps(json.loads(f.read_text()) | dict(sha256=value)))
+    said = json.loads(f.read_text()) | dict(sha256=value)
+    f.write_text(json.dumps(said | dict(manifest_sha256=store._seal(said))))
     with pytest.raises(StoreError, match="damaged"): load_release(folder, "w-pure")
+
+
+def test_a_manifest_that_was_edited_is_refused(folder):
+    f = folder/"w-pure.json"
+    said = json.loads(f.read_text())
+    for changed in (said | dict(seed=7), {k: v for k, v in said.items() if k != "manifest_sha256"}, said | dict(recipe=dict(x=1))):
+        f.write_text(json.dumps(changed))
+        with pytest.raises(StoreError, match="w-pure.json was changed: found manifest_sha256"): load_manifest(folder, "w-pure")
 
 
 @pytest.mark.parametrize("gone,word", [("w-pure.json", "no manifest"), ("w-pure.safetensors", "no file")])

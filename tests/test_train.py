@@ -320,3 +320,18 @@ def test_killed_and_resumed_is_unbroken(rounds, tmp_path):
     m = net(seed=9)
     seen |= {s.step: s.loss for s in train_steps(m, X0, tmp_path, 24)}
     assert seen == losses and same(bits(m), bits(whole))
+
+
+def test_another_beginning_is_refused(tmp_path):
+    list(train_steps(net(), X0, tmp_path, 2, remarks=dict(start_sha256="a")))
+    with pytest.raises(StoreError, match="start_sha256 is a, expected b"):
+        list(train_steps(net(1), X0, tmp_path, 2, remarks=dict(start_sha256="b")))
+
+
+@pytest.mark.parametrize("said", [OSError("no git"), "/a path/with spaces\nabc\n", ""])
+def test_provenance_without_git_or_in_a_path_with_spaces(said, monkeypatch):
+    def run(*a, **k):
+        if isinstance(said, OSError): raise said
+        return type("R", (), dict(stdout=said, returncode=0))
+    monkeypatch.setattr(training.subprocess, "run", run)
+    assert training.provenance()["revision"] == "not a git checkout"

@@ -249,3 +249,10 @@ def test_weights_of_another_network_are_not_grown(kw):
     before = {k: v.clone() for k, v in before.items()}
     with pytest.raises(ValueError, match="another network"): grow(big, small.state_dict())
     assert same(before, big.state_dict())
+
+
+@pytest.mark.parametrize("change,word", [
+    (dict(prediction="epsilon"), "contrast"), (dict(classes=3, conditions=2), "not both"), (dict(batch=-3), "batch"), (dict(ema=7.), "ema"),
+    (dict(precision="fp99"), "precision")])
+def test_recipes_that_cannot_be_are_refused(change, word):
+    with pytest.raises(ValueError, match=word): unet("laptop", "two_squares", **change)
