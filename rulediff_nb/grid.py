@@ -21,7 +21,7 @@ import torch
 from .core import check_int, row_noise
 from .metrics import rule_report
 from .sample import sample
-from .schedule import add_noise, solve
+from .schedule import add_noise, noise_schedule, snr, solve
 from .store import StoreError, content_hash, write_atomic
 from .tasks import get_task
 from .train import Run, claim, provenance, train_steps
@@ -72,21 +72,21 @@ def job_recipe(
     try: return recipe(job.preset, get_task(job.task, palette=job.palette), **dict(job.changes))
     except TypeError as e: raise ValueError(f"{job.label}: {str(e).split('__() ')[-1]}") from e
 
-# %% ../nbs/08a_grid.ipynb #a67f1b43
-LEVELS = 50, 100, 200, 400, 600  # noise levels at which the denoising error is measured
+# %% ../nbs/08a_grid.ipynb #f08f58e8
+LEVELS = 50, 100, 200, 400, 600  # of the linear schedule: their noise is what the denoising error is measured at
 SCORES = 'yield_', 'coarse', 'rule_gap', 'r2_rule', 'error_px', 'coverage', 'copies'
 
 def denoising_error(
     model:RuleUNet, # trained or not
     n:int=256,      # fresh images
     seed:int=99,    # of images and noise; no run's
-)->dict[str,float]: # "mse_50": mean squared error of x0_hat at t=50, and so on
+)->dict[str,float]: # "mse_50": mean squared error of x0_hat at the noise of t=50, and so on
     "How well a model cleans images that it has not seen, as it is now."
     x0, device = get_task(**model.recipe.task).sample(n, check_int(seed, 'seed'))[0], next(model.parameters()).device
     eps, out = row_noise(seed, range(n), x0.shape[1:], 30, device), {}
     x0 = x0.to(device)
-    for level in LEVELS:
-        t = torch.full((n,), level, device=device)
+    for level, abar in zip(LEVELS, noise_schedule().alphas_cumprod[list(LEVELS)]):
+        t = (snr(model.abar).log() - snr(abar).log()).abs().argmin().expand(n)   # the same noise, whatever it is called here
         xt = add_noise(x0, t, eps, model.abar)
         with torch.no_grad(): got = model.predict(xt, t)
         out[f'mse_{level}'] = (solve(xt, got, t, model.abar, model.recipe.prediction).x0 - x0).square().mean().item()
