@@ -189,8 +189,8 @@ def train(
     fields, here = changes(preset, lr, attention) | parse_change(change), PartialState()
     model, remarks, batches = begin(unet(preset, world, seed, **fields), seed, start)
     tail = f'-after-{remarks["before"]}-{remarks["start_sha256"][:8]}' if start else ''
+    if fields: tail += f'-{content_hash({}, fields)[:8]}'
     folder = check_folder(Path(out)/f'{world.name}-{palette}-{preset}-{steps}-{seed}{tail}')
-    if fields: folder = check_folder(f'{folder}-{content_hash({}, fields)[:8]}')
     work = train_steps(model.to(here.device), x0, folder, steps, batches, remarks=remarks, compiled=compiled)
     for s in progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}') if here.is_main_process else work:
         if s.step % 100 or not here.is_main_process: continue

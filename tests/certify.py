@@ -32,11 +32,11 @@ def all_refusals(n): return [r for t in progress(WORLDS, len(WORLDS), "refusals"
 
 
 def brief(n=96, steps=600):
-    "Images of networks (laptop, with attention at the middle resolution) that have hardly learned anything."
-    out, file = {}, io.BytesIO()
+    "Images of networks (laptop with AdamW and attention at the middle resolution) that have hardly learned anything."
+    out, file, how = {}, io.BytesIO(), dict(attention=(False, True, True), optimizer="adamw", lr=2e-3)
     for name in ("two_circles", "sun_shadow_free"):
         world = TASKS[name]
-        model = train(unet("laptop", world, attention=(False, True, True)), world.sample(world.paper_n, 0)[0], steps)
+        model = train(unet("laptop", world, **how), world.sample(world.paper_n, 0)[0], steps)
         x = sample(model, n, steps=40, eta=1., seed=5)
         out[name] = to_bytes(x)
     np.savez_compressed(file, **out)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rulediff_nb.grid import grid_table, jobs, pace, run_grid
+from rulediff_nb.grid import grid_table, jobs, pace, run_grid, stored_rows
 from rulediff_nb.store import write_atomic
 from rulediff_nb.unet import unet
 
@@ -70,8 +70,7 @@ def main():
     for row in run_grid(plan, folder, a.workers, images=a.images):
         said = row.get("error") or f"mse_100 {row['mse_100']:.5f}, yield_ {row['yield_']:.3f}, rule_gap {row['rule_gap']:.3f}"
         print(row["task"], row["label"], row["seed"], said, flush=True)
-    rows = [json.loads(f.read_text()) for f in folder.glob("*/result.json")]
-    write_atomic(ROOT/"results"/"recipes"/"recipes.csv", grid_table(rows).encode())
+    write_atomic(ROOT/"results"/"recipes"/"recipes.csv", grid_table(stored_rows(folder)).encode())
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import diffusers
 import torch
 
+from rulediff_nb.grid import report_columns
 from rulediff_nb.metrics import Measured, bootstrap, gap, interval, measure, real_images, rule_report, statistics
 from rulediff_nb.sample import ddim, load_pretrained, sample
 from rulediff_nb.store import write_atomic
@@ -78,9 +79,7 @@ def line(s, x, of, seconds):
     "One line of the file."
     report, world = rule_report(of.world, x, train=of.train), of.world
     out = dict(schema=SCHEMA, **s._asdict(), calls=calls(s, of.model.recipe))
-    for k in SHARES:
-        v = report.rows[k]
-        out |= {k: v.value, f"{k}_low": v.low, f"{k}_high": v.high, f"{k}_floor": v.floor, f"{k}_chance": v.chance}
+    out |= report_columns(report, SHARES)
     c = report.rows["coverage"]
     d = paired(measure(world, x), Measured(*(v[:len(x)] for v in of.ref)), real_images(world, len(x)), world.size)
     out |= dict(coverage=c.value, coverage_real_high=c.more["real_high"]) | dict(zip(("diff", "diff_low", "diff_high"), d))
