@@ -75,10 +75,15 @@ def calls(s, recipe):
     return len(sch.timesteps)
 
 
+def version(model):
+    "What names the weights of a line: a line of earlier weights is measured again."
+    return model.manifest["sha256"][:12]
+
+
 def line(s, x, of, seconds):
     "One line of the file."
     report, world = rule_report(of.world, x, train=of.train), of.world
-    out = dict(schema=SCHEMA, **s._asdict(), calls=calls(s, of.model.recipe))
+    out = dict(schema=SCHEMA, **s._asdict(), calls=calls(s, of.model.recipe), weights=version(of.model))
     out |= report_columns(report, SHARES)
     c = report.rows["coverage"]
     d = paired(measure(world, x), Measured(*(v[:len(x)] for v in of.ref)), real_images(world, len(x)), world.size)
@@ -141,10 +146,12 @@ def main():
     p.add_argument("--worlds", nargs="*", default=["sun_shadow", "two_squares"],
                    help="the first one gets the other schedulers and 1000 calls too")
     p.add_argument("--batch", type=int, default=128, help="images at a time")
-    p.add_argument("--again", action="store_true", help="measure every line again")
+    p.add_argument("--again", action="store_true", help="measure every line again, of the same weights too")
     a = p.parse_args()
     file = a.out/"sampling.csv"
-    rows = {key(r): r for r in csv.DictReader(io.StringIO(file.read_text()))} if file.exists() and not a.again else {}
+    now = {w: version(load_pretrained(w)) for w in a.worlds}
+    old = csv.DictReader(io.StringIO(file.read_text())) if file.exists() and not a.again else []
+    rows = {key(r): r for r in old if r["weights"] == now.get(r["world"])}
 
     for row in lines(settings(a.worlds, a.n), a.batch, set(rows)):
         rows[key(row)] = row
