@@ -7,7 +7,7 @@ Docs: https://rulediff.github.io/rulediff_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'REPORT', 'KEPT', 'ENDINGS', 'SIZES', 'LIBRARIES', 'COMMANDS', 'Line', 'report_lines',
            'text_table', 'csv_table', 'check_folder', 'draw', 'measure_model', 'readable_sides', 'demo', 'save_demo',
-           'train', 'parse_change', 'changes', 'begin', 'release', 'grid', 'Problem', 'Images', 'read_images',
+           'train', 'parse_change', 'changes', 'leg', 'begin', 'release', 'grid', 'Problem', 'Images', 'read_images',
            'load_images', 'markdown_report', 'image_table', 'report', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #f4308eb7
@@ -232,8 +232,15 @@ def changes(
     levels = len(PRESETS[preset].channels) if preset in PRESETS else 1   # an unknown preset is named by `unet`
     return (dict(lr=lr) if lr else {}) | (dict(attention=(False,) + (True,)*(levels - 1)) if attention else {})
 
-KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'start_sha256', 'images_in_set', 'images_sha256', 'seconds',
+KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'legs', 'start_sha256', 'images_in_set', 'images_sha256', 'seconds',
         'hardware', 'torch', 'diffusers', 'revision')  # what a manifest takes over from the checkpoint
+
+def leg(
+    meta:dict, # a finished run's checkpoint's description
+)->dict:       # steps, images, seconds, learning rate and code of this run alone
+    "One of the runs that some weights went through."
+    r, here = meta['recipe'], {k: meta[k] for k in ('steps', 'seconds', 'revision')}
+    return here | dict(images=meta['steps']*r['batch'], lr=r['lr'], attention=r['attention'])
 
 def begin(
     model:RuleUNet, # a fresh one
@@ -241,14 +248,14 @@ def begin(
     start:str,      # folder of a finished run; empty: from nothing
 )->tuple[RuleUNet,dict,int]: # the model, remarks for the checkpoint, seed of the batches
     "Set the weights that a run begins with; steps `before` it are counted, and its batches are new ones."
-    if not start: return model, dict(set_seed=seed, before=0), seed
+    if not start: return model, dict(set_seed=seed, before=0, legs=[]), seed
     kept, meta = run_weights(start)
     old, new = Recipe.from_dict(meta['recipe']).network(), model.recipe.network()
     if old | dict(attention=new['attention']) != new: raise StoreError(f"{start} holds another network, or another world")
     try: grow(model, kept)
     except ValueError as e: raise StoreError(f"{start}: {e}") from e
     before = meta['before'] + meta['steps']
-    remarks = dict(set_seed=seed, before=before, start_sha256=content_hash(kept, {}))
+    remarks = dict(set_seed=seed, before=before, legs=[*meta['legs'], leg(meta)], start_sha256=content_hash(kept, {}))
     return model, remarks, int(row_generator(seed, before, stream=11).integers(2**62))
 
 def release(
@@ -263,7 +270,8 @@ def release(
     model.manifest, world = meta, model.recipe.world
     _, report = measure_model(model.to(default_device()).eval(), **how)
     said = {k: meta[k] for k in KEPT if k in meta}
-    said |= dict(images_seen=(meta['before'] + meta['steps'])*model.recipe.batch, report=dict(how, rows=report.to_dict()))
+    seen = sum(v['images'] for v in (*meta['legs'], leg(meta)))
+    said |= dict(images_seen=seen, report=dict(how, rows=report.to_dict()))
     print(report)
     return save_release(weights, f'{world.name}-{world.palette}', kept, said)
 
