@@ -103,7 +103,7 @@ def _noise_args(
 )->dict:                      # keyword arguments for `scheduler.step`
     "Fresh noise in the form that the scheduler takes, each row from its own generator."
     takes = inspect.signature(scheduler.step).parameters
-    if 'eta' in takes and scheduler.alphas_cumprod[-1] == 0: eta = min(eta, 1 - 1e-6)   # at 1, rounding may ask for a negative variance
+    if 'eta' in takes and scheduler.alphas_cumprod[-1] < 1e-6: eta = min(eta, 1 - 1e-6)   # at 1, rounding may ask for a negative variance
     out = dict(eta=eta) if 'eta' in takes else {}
     if {'eta', 'variance_noise'} <= set(takes):
         return out if not eta else out | dict(variance_noise=row_noise(seed, rows, x.shape[1:], 21 + k, x.device).to(x.dtype))

@@ -37,6 +37,9 @@ class Recipe:
     beta_start:float = 1e-4             # first beta of the linear schedule
     beta_end:float = 2e-2               # last beta
     betas:str = 'linear'                # a key of `SCHEDULES`
+    stratified:bool = False             # whether a batch spreads its noise levels evenly over their shares
+    noise_mean:float = 0.               # mean of ln sigma over the levels that are drawn (Karras et al. 2022, table 1)
+    noise_std:float = 0.                # its standard deviation; 0: every level equally often
     prediction:str = 'v_prediction'     # "epsilon", "v_prediction" or "sample"
     contrast:float = .3                 # root mean square of x0 - 1, for the preconditioning of v; 0: none
     batch:int = 32                      # images per step
@@ -59,6 +62,7 @@ class Recipe:
                          (0 <= self.ema < 1, f"ema must be in [0,1), got {self.ema}"),
                          (not (self.classes and self.conditions), "a network takes class labels or conditions, not both"),
                          (self.precision in ('fp32', 'bf16', 'fp16'), f"precision must be fp32, bf16 or fp16, got {self.precision!r}"),
+                         (self.noise_std >= 0, f"noise_std must be at least 0, got {self.noise_std}"),
                          (not self.contrast or self.prediction == 'v_prediction',
                           f"contrast preconditions v_prediction alone: with {self.prediction!r} it must be 0, got {self.contrast}")):
             if not ok: raise ValueError(what)
@@ -83,8 +87,8 @@ class Recipe:
 
     def network(self)->dict: # JSON-ready
         "The fields that weights depend on; the others say how they were trained."
-        trained = ('preset', 'batch', 'optimizer', 'lr', 'warmup', 'decay', 'weight_decay', 'min_snr', 'clip', 'ema', 'precision',
-                   'label_drop', 'epochs')
+        trained = ('preset', 'stratified', 'noise_mean', 'noise_std', 'batch', 'optimizer', 'lr', 'warmup', 'decay', 'weight_decay',
+                   'min_snr', 'clip', 'ema', 'precision', 'label_drop', 'epochs')
         return {k: v for k, v in self.to_dict().items() if k not in trained}
 
     def schedule(self)->DDPMScheduler: # diffusers' constants
@@ -92,7 +96,7 @@ class Recipe:
         return noise_schedule(self.T, self.beta_start, self.beta_end, self.prediction, self.betas)
 
 PRESETS = dict(
-    laptop=Recipe(clip=1.),
+    laptop=Recipe(betas='cosine', stratified=True, noise_mean=.6, noise_std=.8, lr=5e-3, clip=1.),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
                  prediction='epsilon', contrast=0., batch=16, optimizer='adamw', lr=3e-4, warmup=0, decay=False, weight_decay=.01,
                  ema=0., precision='fp32'))

@@ -47,7 +47,7 @@ from rulediff_nb.unet import RuleUNet, recipe, unet
 
 torch.set_num_threads(1)
 TASK = get_task("two_squares", palette="pure", size=16)
-SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4)
+SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, betas="linear")
 PREDICTIONS = ["v_prediction", "epsilon", "sample"]
 
 
@@ -139,10 +139,12 @@ def library_loop(m, x, sch, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("betas,schedule", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
 @every
-def test_ddim_is_diffusers(prediction, steps):
-    m, r = net(prediction), net(prediction).recipe
-    s = DDIMScheduler(num_train_timesteps=r.T, beta_start=r.beta_start, beta_end=r.beta_end, beta_schedule="linear",
+def test_ddim_is_diffusers(prediction, betas, schedule, steps):
+    m = net(prediction, betas=betas)
+    r = m.recipe
+    s = DDIMScheduler(num_train_timesteps=r.T, beta_start=r.beta_start, beta_end=r.beta_end, beta_schedule=schedule,
                       prediction_type=prediction, timestep_spacing="trailing", clip_sample=True)
     x = row_noise(4, range(3), (3, 16, 16), 20)
     assert (library_loop(m, x, s, steps) - sample(m, 3, steps=steps, seed=4)).abs().max() < 1e-5
@@ -257,7 +259,7 @@ X0 = TASK.sample(12, 3)[0]
 
 
 def exact(prediction="v_prediction", x0=X0, block=2**20, **kw):
-    return ExactDenoiser(x0, recipe("laptop", TASK, prediction=prediction, contrast=0., **kw), block)
+    return ExactDenoiser(x0, recipe("laptop", TASK, **(dict(prediction=prediction, contrast=0., betas="linear") | kw)), block)
 
 
 def by_loop(m, xt, t, train=X0):
@@ -354,19 +356,20 @@ def test_the_exact_denoiser_is_called_like_a_network():
 
 # ---------------------------------------------------------------- which schedulers fit
 
-def make(name, **kw):
-    return getattr(diffusers, f"{name}Scheduler").from_config(NET.recipe.schedule().config, **kw)
+def make(name, of=NET.recipe, **kw):
+    return getattr(diffusers, f"{name}Scheduler").from_config(of.schedule().config, **kw)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing,betas", [("leading", "linear"), ("trailing", "linear"), ("trailing", "cosine")])
 @pytest.mark.parametrize("name", [
     "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerAncestralDiscrete",
     "EulerDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "PNDM", "SASolver", "TCD",
     "UniPCMultistep"])
-def test_these_fit(name, spacing):
-    s = make(name, timestep_spacing=spacing)
-    assert misfit(s, NET.recipe, 20) < .07
-    m, x = exact(), sample(exact(), 4, 20, seed=1, scheduler=s)
+def test_these_fit(name, spacing, betas):
+    m = exact(betas=betas)
+    s = make(name, m.recipe, timestep_spacing=spacing)
+    assert misfit(s, m.recipe, 20) < .07
+    x = sample(m, 4, 20, seed=1, scheduler=s)
     assert nearest(x, X0).max() < 1 < 2*torch.pdist(X0.flatten(1)).median()
     assert (sample(m, 4, 20, seed=1, scheduler=s, batch=1) - x).abs().max() < 1e-3
 
@@ -511,7 +514,7 @@ def test_the_stored_table_is_sound():
 
 def test_the_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
     s, drawn = script.settings(("two_squares",), 4)[:3], []
-    shipped = SimpleNamespace(recipe=NET.recipe, manifest=dict(images_in_set=64, set_seed=0))
+    shipped = SimpleNamespace(recipe=NET.recipe, manifest=dict(images_in_set=64, set_seed=0, sha256="f"*64))
     monkeypatch.setattr(script, "load_pretrained", lambda *a: shipped)
     monkeypatch.setattr(script, "draw", lambda model, s, batch: drawn.append(s) or (TASK.sample(s.n, 1)[0], 1.))
     rows = list(script.lines(s, 4, set()))
@@ -605,9 +608,10 @@ def test_each_world_has_weights(): assert {k.rsplit("-", 1)[0] for k in SHIPPED}
 def test_names_exported_exist(): assert all(hasattr(sampling, k) for k in sampling.__all__)
 
 
-@pytest.mark.parametrize("steps", [10, 20, 40, 250])
-def test_no_signal_at_the_last_level_is_sampled_with_fresh_noise(steps):
-    model = ExactDenoiser(get_task("two_squares").sample(4, 0)[0], recipe("laptop", "two_squares", betas="zero_snr"))
+@pytest.mark.parametrize("steps", [3, 5, 10, 20, 40, 250])
+@pytest.mark.parametrize("betas", ["zero_snr", "cosine"])
+def test_next_to_no_signal_at_the_last_level_is_sampled_with_fresh_noise(betas, steps):
+    model = ExactDenoiser(get_task("two_squares").sample(4, 0)[0], recipe("laptop", "two_squares", betas=betas))
     assert sampling.sample(model, 2, steps, 1.).isfinite().all()
 
 

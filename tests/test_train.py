@@ -13,14 +13,16 @@ import torch
 from tree import ROOT, clean_env
 
 from rulediff_nb import train as training
+from rulediff_nb.schedule import noise_schedule
 from rulediff_nb.store import StoreError, load_tensors, save_tensors
 from rulediff_nb.tasks import TASKS, get_task
-from rulediff_nb.train import Run, draw_batch, fit, load_run, save_run, train, train_steps
+from rulediff_nb.train import Run, draw_batch, fit, level_shares, load_run, save_run, train, train_steps
 from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
 TASK = get_task("two_squares", palette="pure", size=16)
 X0 = TASK.sample(40, 0)[0]
+ALIKE = torch.full((1000,), 1e-3, dtype=torch.float64)
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, lr=1e-3)
 
 
@@ -69,7 +71,7 @@ def test_a_log_says_what_happened():
 
 
 def test_the_loss_falls():
-    log = [s.loss for s in fit(net(batch=8, warmup=0), X0, 40)]
+    log = [s.loss for s in fit(net(batch=8, warmup=0, lr=1e-2), X0, 100)]
     assert sum(log[-10:]) < .8*sum(log[:10])
 
 
@@ -125,7 +127,7 @@ def test_while_it_runs_the_model_can_be_looked_at():
 # ---------------------------------------------------------------- batches
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    args = 100, 8, 1000, (3, 4, 4)
+    args = 100, 8, ALIKE, (3, 4, 4)
     a, b = draw_batch(3, 5, *args), draw_batch(3, 5, *args)
     assert same(a, b) and not any(same(a, draw_batch(*key, *args)) for key in ((3, 6), (4, 5), (5, 3)))
     assert a.rows.dtype == a.t.dtype == torch.int64 and a.eps.dtype == torch.float32 and a.eps.shape == (8, 3, 4, 4)
@@ -133,8 +135,30 @@ def test_a_batch_is_a_function_of_seed_and_step():
 
 
 def test_batches_reach_every_row_and_every_level():
-    rows, t = (torch.cat(v) for v in zip(*(draw_batch(0, k, 30, 64, 50, (1, 1, 1))[:2] for k in range(40))))
+    rows, t = (torch.cat(v) for v in zip(*(draw_batch(0, k, 30, 64, torch.full((50,), .02), (1, 1, 1))[:2] for k in range(40))))
     assert set(rows.tolist()) == set(range(30)) and set(t.tolist()) == set(range(50))
+
+
+def test_stratified_levels_take_one_of_each_part_and_all_equally_often():
+    draws = torch.stack([draw_batch(0, k, 30, 8, ALIKE, (1, 1, 1), stratified=True).t for k in range(500)])
+    for t in draws:   # whatever they are moved by, neighbours are an eighth of the levels apart
+        gaps = (t.roll(-1) - t) % 1000
+        assert gaps.min() >= 124 and gaps.max() <= 126
+    assert draws.min() < 10 and draws.max() >= 990 and abs(draws.double().mean() - 499.5) < 5
+    plain = draw_batch(0, 3, 30, 8, ALIKE, (1, 1, 1))
+    assert torch.equal(plain.rows, draw_batch(0, 3, 30, 8, ALIKE, (1, 1, 1), stratified=True).rows)
+
+
+@pytest.mark.parametrize("betas", ["linear", "cosine", "zero_snr"])
+@pytest.mark.parametrize("mean,std", [(.6, .8), (-1.2, 1.2)])
+def test_a_normal_law_of_noise_is_drawn_on_every_schedule(betas, mean, std):
+    abar = noise_schedule(kind=betas).alphas_cumprod.double()
+    shares, ln_sigma = level_shares(abar, mean, std), (.5*((1 - abar)/abar).log()).clamp(max=20)
+    assert shares.shape == (1000,) and (shares.sum() - 1).abs() < 1e-12 and shares.min() >= 0
+    t = torch.cat([draw_batch(0, k, 30, 64, shares, (1, 1, 1), stratified=k % 2 == 0).t for k in range(300)])
+    inner = ln_sigma[t].clamp(mean - 2*std, mean + 2*std)
+    assert (inner.mean() - mean).abs() < .03 and (inner.std() - .96*std).abs() < .04
+    assert torch.equal(level_shares(abar), ALIKE) and (level_shares(abar, mean, 1e-3) > .9).sum() <= 1
 
 
 # ---------------------------------------------------------------- what is refused

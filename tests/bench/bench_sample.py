@@ -35,6 +35,8 @@ def bench_noise_in_a_step():
 
 
 def bench_training_batch():
+    shares = torch.full((1000,), 1e-3, dtype=torch.float64)
+
     def plain(): return torch.randint(2000, (32,)), torch.randint(1000, (32,)), torch.randn(32, *SHAPE[1:])
     what = f"a training batch of 32, {TIMES} times: torch's global generator -> a function of (seed, step)"
-    return what, often(plain), often(lambda: draw_batch(0, 1, 2000, 32, 1000, SHAPE[1:]))
+    return what, often(plain), often(lambda: draw_batch(0, 1, 2000, 32, shares, SHAPE[1:]))
