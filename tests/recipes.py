@@ -19,11 +19,12 @@ COST = "batch", "optimizer", "attention", "patch", "channels", "layers", "precis
 TASKS = "two_circles", "sun_shadow_free"
 CHANGES = [
     {},
+    dict(noise_std=0.), dict(stratified=False), dict(noise_mean=-1.2, noise_std=1.2), dict(noise_mean=0.), dict(noise_mean=1.2),
+    dict(betas="linear"), dict(betas="zero_snr"), dict(noise_std=0., min_snr=5.),
     dict(prediction="epsilon", contrast=0.), dict(prediction="sample", contrast=0.), dict(contrast=0.),
-    dict(betas="cosine"), dict(betas="zero_snr"), dict(min_snr=5.),
-    dict(ema=0.), dict(batch=16), dict(batch=64), dict(lr=5e-3), dict(lr=2e-2), dict(decay=False),
-    dict(optimizer="adamw", lr=2e-3), dict(optimizer="adamw", lr=1e-3),
-    dict(attention=(False, False, False)), dict(attention=(False, True, True)),
+    dict(optimizer="adamw", lr=2e-3), dict(optimizer="adamw", lr=1e-3), dict(lr=2e-3), dict(lr=1e-2), dict(decay=False),
+    dict(ema=0.), dict(batch=16), dict(batch=64),
+    dict(attention=(False, False, True)), dict(attention=(False, False, False)),
     dict(patch=1), dict(patch=4), dict(channels=(48, 48, 96)), dict(channels=(96, 96, 144)), dict(layers=2), dict(precision="fp32")]
 
 

@@ -620,6 +620,6 @@ def test_a_run_goes_on_with_attention_and_another_rate(tmp_path):
     x, t = torch.zeros(2, 3, 32, 32), torch.tensor([10, 800])
     with torch.no_grad(): assert (more.eval().predict(x, t) - model.eval().predict(x, t)).abs().max() < 1e-3
     assert more.recipe.lr == 1e-3 and more.recipe.attention == (False, True, True) and remarks["before"] == 2 and batches != 3
-    assert [(v["steps"], v["images"], v["lr"]) for v in remarks["legs"]] == [(2, 64, 1e-2)]
+    assert [(v["steps"], v["images"], v["lr"]) for v in remarks["legs"]] == [(2, 64, model.recipe.lr)]
     with pytest.raises(StoreError, match="another network"): cli.begin(unet("laptop", "two_circles", 3), 3, str(tmp_path/"run"))
     with pytest.raises(ValueError, match="lr must be"): cli.changes("laptop", -1., False)
