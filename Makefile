@@ -1,11 +1,11 @@
-# make demo | test | slow | course | bench | certificate | recipes | sampling | readme | clean     (PYTHON=python3.12 make … picks another Python)
+# make demo | test | slow | course | bench | certificate | recipes | curves | sampling | readme | clean     (PYTHON=python3.12 make … picks another Python)
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
 NB_WORKERS ?= 2
 .NOTPARALLEL:
-.PHONY: demo test sync notebooks slow course bench certificate recipes sampling readme export clean
+.PHONY: demo test sync notebooks slow course bench certificate recipes curves sampling readme export clean
 
 demo: .venv/installed
 	$(BIN)/rulediff demo
@@ -34,6 +34,12 @@ certificate: .venv/installed-dev
 
 recipes: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/recipes.py
+
+WORLDS := sun_shadow,sun_shadow_free,perspective,two_circles,two_squares
+curves: .venv/installed-dev
+	$(TESTENV) $(BIN)/rulediff grid $(WORLDS) --steps 150,500,1500,3000 --seeds 0 --out runs/curves
+	$(TESTENV) $(BIN)/rulediff grid two_circles,sun_shadow_free --palettes paper --steps 150,500,1500,3000 --seeds 0 --out runs/curves
+	mkdir -p results/curves && cp runs/curves/grid.csv results/curves/curves.csv
 
 sampling: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/sampling.py
