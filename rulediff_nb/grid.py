@@ -9,7 +9,7 @@ __all__ = ['LEVELS', 'SCORES', 'Job', 'jobs', 'job_recipe', 'denoising_error', '
            'engine', 'run_grid', 'stored_rows', 'grid_table', 'pace', 'read_table']
 
 # %% ../nbs/08a_grid.ipynb #88dcaa22
-import csv, io, itertools, json, math, time
+import csv, io, itertools, json, math, os, time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +128,10 @@ def run_job(
     world = get_task(job.task, palette=job.palette)
     x0, _ = world.sample(job.n or world.paper_n, job.seed)
     model, log, cpu = unet(job.preset, world, job.seed, **dict(job.changes)), [], time.process_time()
-    for s in train_steps(model, x0, folder, job.steps, job.seed, every=30.): log.append(s.loss)
+    parent = os.getppid()
+    for s in train_steps(model, x0, folder, job.steps, job.seed, every=30.):
+        log.append(s.loss)
+        if os.getppid() != parent: raise RuntimeError("the process that asked for this run has ended")   # a killed grid stops
     whole, tail = len(log) == job.steps, log[-100:]   # a resumed run knows neither its time nor all of its losses
     row = dict(job._asdict(), changes=dict(job.changes), label=job.label, seen=job.steps*model.recipe.batch,
                cpu_seconds=time.process_time() - cpu if whole else None, loss=sum(tail)/len(tail) if whole else None)

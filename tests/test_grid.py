@@ -120,6 +120,15 @@ def test_a_killed_grid_goes_on(tmp_path):
     assert measures(rows) == measures(run_grid(todo, tmp_path/"b", 1, images=16))
 
 
+def test_a_job_whose_grid_was_killed_stops_and_goes_on_later(tmp_path, monkeypatch):
+    job, asked = plan()[0]._replace(steps=6), iter([1, 1, 1])
+    with monkeypatch.context() as m:
+        m.setattr(grid.os, "getppid", lambda: next(asked, 2))   # after two steps the parent is another
+        with pytest.raises(RuntimeError, match="has ended"): run_job(job, tmp_path, 64)
+    assert (tmp_path/job.key/"checkpoint.safetensors").exists() and not (tmp_path/job.key/"result.json").exists()
+    assert run_job(job, tmp_path, 64)["steps"] == 6
+
+
 def test_a_result_is_json_with_no_nan(tmp_path):
     job = plan()[0]
     run_job(job, tmp_path, 16)
