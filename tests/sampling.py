@@ -151,7 +151,7 @@ def main():
     file = a.out/"sampling.csv"
     now = {w: version(load_pretrained(w)) for w in a.worlds}
     old = csv.DictReader(io.StringIO(file.read_text())) if file.exists() and not a.again else []
-    rows = {key(r): r for r in old if r["weights"] == now.get(r["world"])}
+    rows = {key(r): r for r in old if r["weights"] == now.get(r["world"], r["weights"])}   # worlds not asked for stay
 
     for row in lines(settings(a.worlds, a.n), a.batch, set(rows)):
         rows[key(row)] = row
