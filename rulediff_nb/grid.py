@@ -222,7 +222,8 @@ def pace(
     steps:int=12,   # to measure
 )->float:           # processor seconds per step, on the threads that torch uses now
     "How long a training step takes: the median of single steps, after three to warm up."
-    run, x0 = Run(model.train(), steps + 3), model.recipe.world.sample(64, 0)[0].to(next(model.parameters()).device)
+    run, world = Run(model.train(), steps + 3), model.recipe.world
+    x0 = world.sample(world.paper_n, 0)[0].to(run.device)   # exact targets cost the more, the larger the set
     took = []
     for _ in range(steps + 3):
         start = time.process_time()

@@ -17,48 +17,25 @@ from typing import NamedTuple
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, SchedulerMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import Tensor, nn
+from torch import Tensor
 
 import rulediff_nb
-from .core import check_images, check_int, row_generator, row_noise
-from .schedule import PREDICTIONS, amplitudes
+from .core import check_int, row_generator, row_noise
+from .schedule import FiniteSet, amplitudes
 from .store import StoreError, list_releases, load_release
 from .tasks import get_task
 from .unet import Recipe, RuleUNet, check_labels
 
 # %% ../nbs/08_sample.ipynb #8be749e7
-class ExactDenoiser(nn.Module):
+class ExactDenoiser(FiniteSet):
     "The exact denoiser of a finite training set, used like any model; its weights are the training images."
     def __init__(self,
         x0:Tensor,     # (N,3,s,s) in [-1,1], the training set
         recipe:Recipe, # schedule and prediction type
-        block:int=2**20, # numbers at a time, about 16 bytes each: 16 MB beside the training set
+        block:int=2**20, # see `FiniteSet`
     ):
-        super().__init__()
-        if not len(check_images(x0)): raise ValueError("the exact denoiser needs at least one training image, got none")
-        self.recipe, self.block = recipe, check_int(block, 'block', 1)
-        self.register_buffer('mean', x0.detach().float().mean(0))
-        self.register_buffer('abar', recipe.schedule().alphas_cumprod, persistent=False)
-        self.centred = nn.Parameter((x0.detach().float() - self.mean).flatten(1), requires_grad=False)   # (N,3*s*s)
-        self.register_buffer('square', self.centred.square().sum(1))
-
-    def weights(self,
-        xt:Tensor, # (n,3,s,s)
-        t:Tensor,  # (n,) in [0,T)
-    )->Tensor:     # (n,N), rows add up to 1
-        "Probability of each training image behind each noisy one; holds n*N numbers."
-        s, n = amplitudes(t.long(), self.abar)
-        z, s, n = (xt.float() - s*self.mean).flatten(1), s.flatten(1), n.flatten(1)
-        return ((s*(z@self.centred.T) - .5*s*s*self.square)/(n*n)).softmax(1)
-
-    def x0_hat(self,
-        xt:Tensor, # (n,3,s,s)
-        t:Tensor,  # (n,) in [0,T)
-    )->Tensor:     # (n,3,s,s) the mean of the training images, weighted
-        "The clean image to be expected, a block of rows at a time."
-        k = max(self.block//sum(self.centred.shape), 1)   # rows whose pixels and weights fit
-        parts = [self.weights(x, u)@self.centred for x, u in zip(xt.split(k), t.split(k))]
-        return torch.cat(parts).view_as(xt) + self.mean
+        super().__init__(x0, recipe.schedule().alphas_cumprod, block)
+        self.recipe = recipe
 
     def predict(self,
         xt:Tensor, # (n,3,s,s)
@@ -67,9 +44,7 @@ class ExactDenoiser(nn.Module):
     )->Tensor:     # like `xt`
         "The exact answer, as the recipe's prediction type wants it."
         if y is not None: raise ValueError(f"the exact denoiser takes no labels, got {tuple(y.shape)}")
-        t = torch.as_tensor(t, device=xt.device).expand(len(xt))
-        x0, (s, n) = self.x0_hat(xt, t).to(xt), (v.to(xt) for v in amplitudes(t.long(), self.abar))
-        return PREDICTIONS[self.recipe.prediction](x0, (xt - s*x0)/n, s, n)
+        return self.answer(xt, torch.as_tensor(t, device=xt.device).expand(len(xt)), self.recipe.prediction)
 
     def forward(self,
         sample:Tensor,             # (n,3,s,s): xt

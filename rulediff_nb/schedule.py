@@ -6,17 +6,18 @@ Docs: https://rulediff.github.io/rulediff_nb/schedule.html.md"""
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'SCHEDULES', 'amplitudes', 'add_noise', 'snr', 'best_accuracy', 'target', 'Clean', 'solve',
-           'noise_schedule', 'min_snr_weight']
+           'noise_schedule', 'FiniteSet', 'min_snr_weight']
 
 # %% ../nbs/04_schedule.ipynb #235fec2d
 from collections.abc import Iterable
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from .core import check_int
+from .core import check_images, check_int
 
 # %% ../nbs/04_schedule.ipynb #bdf70e3c
 def _check_levels(
@@ -142,6 +143,55 @@ def noise_schedule(
         raise ValueError("epsilon cannot be predicted on 'zero_snr', whose last level holds no signal; wanted v_prediction or sample")
     return DDPMScheduler(num_train_timesteps=check_int(T, 'T', 2), beta_start=beta_start, beta_end=beta_end,
                          prediction_type=prediction, clip_sample=True, **SCHEDULES[kind])
+
+# %% ../nbs/04_schedule.ipynb #8bc0ac87
+class FiniteSet(nn.Module):
+    "The images that may lie behind a noisy one, if all there are is a training set."
+    def __init__(self,
+        x0:Tensor,     # (N,3,s,s) in [-1,1], the training set
+        abar:Tensor,   # (T,) cumulative product of 1-beta
+        block:int=2**20, # numbers at a time, about 16 bytes each: 16 MB beside the training set
+    ):
+        super().__init__()
+        if not len(check_images(x0)): raise ValueError("an exact answer needs at least one training image, got none")
+        self.block = check_int(block, 'block', 1)
+        self.register_buffer('mean', x0.detach().float().mean(0))
+        self.register_buffer('abar', abar, persistent=False)
+        self.centred = nn.Parameter((x0.detach().float() - self.mean).flatten(1), requires_grad=False)   # (N,3*s*s)
+        self.register_buffer('square', self.centred.square().sum(1))
+
+    def weights(self,
+        xt:Tensor, # (n,3,s,s)
+        t:Tensor,  # (n,) in [0,T)
+        among:Tensor|None=None, # (n,N) bool, at least one per row: which images come into question; None: all
+    )->Tensor:     # (n,N), rows add up to 1
+        "Probability of each training image behind each noisy one; holds n*N numbers."
+        s, n = amplitudes(t.long(), self.abar)
+        z, s, n = (xt.float() - s*self.mean).flatten(1), s.flatten(1), n.flatten(1)
+        logits = (s*(z@self.centred.T) - .5*s*s*self.square)/(n*n)
+        return (logits if among is None else logits.masked_fill(~among, -torch.inf)).softmax(1)
+
+    def x0_hat(self,
+        xt:Tensor, # (n,3,s,s)
+        t:Tensor,  # (n,) in [0,T)
+        among:Tensor|None=None, # see `weights`
+    )->Tensor:     # (n,3,s,s) the mean of the training images, weighted
+        "The clean image to be expected, a block of rows at a time."
+        k = max(self.block//sum(self.centred.shape), 1)   # rows whose pixels and weights fit
+        rows = zip(xt.split(k), t.split(k), repeat(None) if among is None else among.split(k))
+        parts = [self.weights(*row)@self.centred for row in rows]
+        return torch.cat(parts).view_as(xt) + self.mean
+
+    def answer(self,
+        xt:Tensor, # (n,3,s,s)
+        t:Tensor,  # (n,) in [0,T)
+        prediction:str, # a key of `PREDICTIONS`
+        among:Tensor|None=None, # see `weights`
+    )->Tensor:     # like `xt`
+        "The mean of all targets that the images behind xt may have set: what a perfect network answers."
+        _check_known('prediction', prediction, PREDICTIONS)
+        x0, (s, n) = self.x0_hat(xt, t, among).to(xt), _amplitudes_for(xt, t.long(), self.abar)
+        return PREDICTIONS[prediction](x0, (xt - s*x0)/n, s, n)
 
 # %% ../nbs/04_schedule.ipynb #f44352cb
 _TO_X0 = dict(epsilon=lambda r: 1/r, v_prediction=lambda r: 1/(r + 1), sample=lambda r: torch.ones_like(r))

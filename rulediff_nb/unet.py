@@ -41,6 +41,7 @@ class Recipe:
     noise_mean:float = 0.               # mean of ln sigma over the levels that are drawn (Karras et al. 2022, table 1)
     noise_std:float = 0.                # its standard deviation; 0: every level equally often
     prediction:str = 'v_prediction'     # "epsilon", "v_prediction" or "sample"
+    exact_target:bool = False           # True: towards the mean of all training images that may lie behind xt
     contrast:float = .3                 # root mean square of x0 - 1, for the preconditioning of v; 0: none
     batch:int = 32                      # images per step
     optimizer:str = 'muon'              # a key of `OPTIMIZERS`
@@ -87,8 +88,8 @@ class Recipe:
 
     def network(self)->dict: # JSON-ready
         "The fields that weights depend on; the others say how they were trained."
-        trained = ('preset', 'stratified', 'noise_mean', 'noise_std', 'batch', 'optimizer', 'lr', 'warmup', 'decay', 'weight_decay',
-                   'min_snr', 'clip', 'ema', 'precision', 'label_drop', 'epochs')
+        trained = ('preset', 'stratified', 'noise_mean', 'noise_std', 'exact_target', 'batch', 'optimizer', 'lr', 'warmup', 'decay',
+                   'weight_decay', 'min_snr', 'clip', 'ema', 'precision', 'label_drop', 'epochs')
         return {k: v for k, v in self.to_dict().items() if k not in trained}
 
     def schedule(self)->DDPMScheduler: # diffusers' constants
@@ -96,7 +97,8 @@ class Recipe:
         return noise_schedule(self.T, self.beta_start, self.beta_end, self.prediction, self.betas)
 
 PRESETS = dict(
-    laptop=Recipe(attention=(False, True, True), betas='cosine', stratified=True, noise_mean=.7, noise_std=.8, lr=4e-3, clip=1.),
+    laptop=Recipe(attention=(False, True, True), betas='cosine', stratified=True, noise_mean=.7, noise_std=.8, exact_target=True,
+                  lr=4e-3, clip=1.),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
                  prediction='epsilon', contrast=0., batch=16, optimizer='adamw', lr=3e-4, warmup=0, decay=False, weight_decay=.01,
                  ema=0., precision='fp32'))

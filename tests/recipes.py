@@ -1,4 +1,6 @@
-"""The recipe study: what each choice gives at equal time, a change at a time from the preset `laptop` (make recipes).
+"""The recipe study: what each choice gives at equal time (make recipes).
+
+The base is the preset `laptop` with the targets of drawn images; each recipe changes one thing of it, and the last is the preset itself.
 
 Writes results/recipes/recipes.csv. Runs stand in runs/recipes: a study that was stopped goes on where it stood.
 """
@@ -15,9 +17,10 @@ from rulediff_nb.store import write_atomic
 from rulediff_nb.unet import unet
 
 ROOT = Path(__file__).parents[1]
-COST = "batch", "optimizer", "attention", "patch", "channels", "layers", "precision", "ema"
+COST = "batch", "optimizer", "attention", "patch", "channels", "layers", "precision", "ema", "exact_target"
 TASKS = "two_circles", "sun_shadow_free"
-CHANGES = [
+DRAWN = dict(exact_target=False)
+CHANGES = [DRAWN | c for c in [
     {},
     dict(noise_std=0.), dict(stratified=False), dict(noise_mean=-1.2, noise_std=1.2), dict(noise_mean=0.), dict(noise_mean=1.2),
     dict(betas="linear"), dict(betas="zero_snr"), dict(noise_std=0., min_snr=5.),
@@ -25,7 +28,7 @@ CHANGES = [
     dict(optimizer="adamw", lr=2e-3), dict(optimizer="adamw", lr=1e-3), dict(lr=2e-3), dict(lr=1e-2), dict(decay=False),
     dict(ema=0.), dict(batch=16), dict(batch=64),
     dict(attention=(False, False, True)), dict(attention=(False, False, False)),
-    dict(patch=1), dict(patch=4), dict(channels=(48, 48, 96)), dict(channels=(96, 96, 144)), dict(layers=2), dict(precision="fp32")]
+    dict(patch=1), dict(patch=4), dict(channels=(48, 48, 96)), dict(channels=(96, 96, 144)), dict(layers=2), dict(precision="fp32")]] + [dict(exact_target=True)]
 
 
 def paces(changes, rounds=3):
@@ -36,7 +39,7 @@ def paces(changes, rounds=3):
 
 def cost(change):
     "What of a change decides how long a step takes: recipes that share it share their pace."
-    return json.dumps({k: v for k, v in change.items() if k in COST and (k, v) != ("optimizer", "muon")})
+    return json.dumps({k: v for k, v in change.items() if k in COST and (k, v) not in (("optimizer", "muon"), ("exact_target", False))})
 
 
 def known_paces(changes, path):

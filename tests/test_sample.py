@@ -316,7 +316,7 @@ def test_a_wrong_posterior_is_seen(broken):
 
 def test_memory_of_the_exact_denoiser_is_bounded(monkeypatch):
     m, rows, weights = exact(block=4*(12 + 768)), [], ExactDenoiser.weights
-    monkeypatch.setattr(ExactDenoiser, "weights", lambda self, x, t: rows.append(len(x)) or weights(self, x, t))
+    monkeypatch.setattr(ExactDenoiser, "weights", lambda self, x, t, among=None: rows.append(len(x)) or weights(self, x, t, among))
     xt, t = row_noise(0, range(11), (3, 16, 16)), torch.full((11,), 500)
     a = m.predict(xt, t)
     assert rows == [4, 4, 3] and (exact(block=1).predict(xt, t) - a).abs().max() < 1e-5 > (exact().predict(xt, t) - a).abs().max()

@@ -13,10 +13,10 @@ import torch
 from tree import ROOT, clean_env
 
 from rulediff_nb import train as training
-from rulediff_nb.schedule import noise_schedule
+from rulediff_nb.schedule import add_noise, noise_schedule, target
 from rulediff_nb.store import StoreError, load_tensors, save_tensors
 from rulediff_nb.tasks import TASKS, get_task
-from rulediff_nb.train import Run, draw_batch, fit, level_shares, load_run, save_run, train, train_steps
+from rulediff_nb.train import Batch, Run, draw_batch, fit, label_among, level_shares, load_run, save_run, train, train_steps
 from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
@@ -122,6 +122,72 @@ def test_while_it_runs_the_model_can_be_looked_at():
     n = net()
     list(fit(n, X0, 4))
     assert same(bits(m), bits(n)) and not torch.equal(seen[0], seen[-1])
+
+
+# ---------------------------------------------------------------- the target
+
+def mean_target(run, x0, batch, among):
+    "The mean of the targets that the images in question may have set, image by image in float64."
+    out, abar = [], run.model.abar.double()
+    for row, t, e, some in zip(batch.rows, batch.t, batch.eps.double(), among):
+        xt = add_noise(x0[row][None].double(), t[None], e[None], abar)
+        s, n = abar[t].sqrt(), (1 - abar[t]).sqrt()
+        p = torch.stack([-((xt - s*x)**2).sum()/(2*n*n) if k else torch.tensor(-math.inf) for x, k in zip(x0.double(), some)]).softmax(0)
+        out.append(sum(w*target(x[None].double(), (xt - s*x)/n, t[None], abar, run.recipe.prediction)[0] for w, x in zip(p, x0)))
+    return torch.stack(out)
+
+
+def level_batch(labels_hidden=False):
+    eps = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    hide = torch.tensor([False, labels_hidden, False, labels_hidden])
+    return Batch(torch.tensor([3, 9, 0, 30]), torch.tensor([900, 700, 400, 100]), eps, hide)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("kind", ["none", "classes", "conditions"])
+def test_the_exact_target_is_the_mean_of_the_targets_in_question(kind, prediction):
+    y = dict(none=None, classes=torch.arange(40) % 2, conditions=(torch.arange(40) % 3)[:, None]*torch.tensor([[.5, 1.]]))[kind]
+    extra = dict(none={}, classes=dict(classes=2), conditions=dict(conditions=2))[kind]
+    run = Run(net(precision="fp32", prediction=prediction, contrast=0., **extra), 10)
+    batch = level_batch(labels_hidden=True)
+    among = torch.ones(4, 40, dtype=torch.bool)
+    if kind != "none": among[[0, 2]] = (y[batch.rows[[0, 2]]][:, None] == y).view(2, 40, -1).all(2)
+    asked = []
+    run.net = lambda xt, t, label: asked.append(label) or type("Out", (), dict(sample=torch.zeros_like(xt)))
+    got = run.loss(X0, batch, y).item()
+    want = mean_target(run, X0, batch, among).square().mean().item()
+    assert abs(got - want) < 1e-5*want
+    every = mean_target(run, X0, batch, torch.ones_like(among)).square().mean().item()
+    assert kind == "none" or abs(every - want) > 1e-4*want, "the labels make no difference here: the test cannot fail"
+
+
+def test_the_exact_target_has_the_gradient_of_the_drawn_ones_on_average():
+    m = net(precision="fp32", exact_target=False)
+    t, abar, x0 = torch.tensor([950]), m.abar, X0[:3]
+    xt = add_noise(x0[:1], t, torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)), abar)
+    s, n = abar[t].sqrt(), (1 - abar[t]).sqrt()
+    eps = (xt - s*x0)/n   # the noise that each image needs to end at xt
+    p = (-.5*eps.square().flatten(1).sum(1)).softmax(0)
+    assert p.max() < .9, "one image has it all: the test cannot fail"
+
+    def grad(exact, row):
+        run = Run(net(precision="fp32", exact_target=exact), 10)
+        run.loss(x0, Batch(torch.tensor([row]), t, eps[row:row + 1], torch.tensor([False]))).backward()
+        return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+    drawn, exact = torch.stack([grad(False, i) for i in range(3)]), grad(True, 0)
+    assert ((p[:, None]*drawn).sum(0) - exact).norm() < 1e-3*exact.norm() < .1*(drawn[0] - exact).norm()
+
+
+def test_a_run_on_another_set_asks_about_that_set():
+    run, batch = Run(net(precision="fp32"), 10), level_batch()
+    a, b = (run.loss(x, batch).item() for x in (X0, X0[:31].flip(0)))
+    assert run.loss(X0, batch).item() == a != b
+
+
+def test_labels_that_are_not_given_leave_all_images():
+    y = torch.tensor([[0., 1.], [0., 1.], [1., 1.]])
+    assert label_among(torch.tensor([[0., 1.], [math.nan, 1.]]), y).tolist() == [[True, True, False], [True, True, True]]
+    assert label_among(torch.tensor([1, -1]), torch.tensor([0, 1, -1])).tolist() == [[False, True, False], [True, True, True]]
 
 
 # ---------------------------------------------------------------- batches
