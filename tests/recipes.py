@@ -28,7 +28,8 @@ CHANGES = [DRAWN | c for c in [
     dict(optimizer="adamw", lr=2e-3), dict(optimizer="adamw", lr=1e-3), dict(lr=2e-3), dict(lr=1e-2), dict(decay=False),
     dict(ema=0.), dict(batch=16), dict(batch=64),
     dict(attention=(False, False, True)), dict(attention=(False, False, False)),
-    dict(patch=1), dict(patch=4), dict(channels=(48, 48, 96)), dict(channels=(96, 96, 144)), dict(layers=2), dict(precision="fp32")]] + [dict(exact_target=True)]
+    dict(patch=1), dict(patch=4), dict(channels=(48, 48, 96)), dict(channels=(96, 96, 144)), dict(layers=2), dict(precision="fp32")]]
+CHANGES.append(dict(exact_target=True))
 
 
 def paces(changes, rounds=3):
