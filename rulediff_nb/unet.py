@@ -97,7 +97,7 @@ class Recipe:
         return noise_schedule(self.T, self.beta_start, self.beta_end, self.prediction, self.betas)
 
 PRESETS = dict(
-    laptop=Recipe(attention=(False, True, True), betas='cosine', stratified=True, noise_mean=.7, noise_std=.8, exact_target=True,
+    laptop=Recipe(attention=(False, True, True), betas='cosine', stratified=True, noise_mean=.4, noise_std=.8, exact_target=True,
                   lr=4e-3, clip=1.),
     paper=Recipe(preset='paper', channels=(64, 128, 256, 256), layers=2, attention=(False, True, True, True), head_dim=32, patch=1,
                  prediction='epsilon', contrast=0., batch=16, optimizer='adamw', lr=3e-4, warmup=0, decay=False, weight_decay=.01,
