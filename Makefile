@@ -35,11 +35,8 @@ certificate: .venv/installed-dev
 recipes: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/recipes.py
 
-WORLDS := sun_shadow,sun_shadow_free,perspective,two_circles,two_squares
 curves: .venv/installed-dev
-	$(TESTENV) $(BIN)/rulediff grid $(WORLDS) --steps 150,500,1500,3000 --seeds 0 --out runs/curves
-	$(TESTENV) $(BIN)/rulediff grid two_circles,sun_shadow_free --palettes paper --steps 150,500,1500,3000 --seeds 0 --out runs/curves
-	mkdir -p results/curves && cp runs/curves/grid.csv results/curves/curves.csv
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/curves.py
 
 sampling: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/sampling.py

@@ -415,8 +415,10 @@ def train(
 
 def run_weights(
     folder:str|Path, # of a run
+    partial:bool=False, # True: of a run that is not finished too
 )->tuple[dict[str,Tensor],dict]: # averaged weights, and the checkpoint's description
-    "The weights that a finished run leaves; StoreError for a run that is not finished."
+    "The weights that a run leaves; StoreError for a run that is not finished."
     tensors, meta = load_tensors(Path(folder)/'checkpoint.safetensors')
-    if meta['step'] != meta['steps']: raise StoreError(f"{folder} is partial, {meta['step']} of {meta['steps']} steps: finish it first")
+    if meta['step'] != meta['steps'] and not partial:
+        raise StoreError(f"{folder} is partial, {meta['step']} of {meta['steps']} steps: finish it first")
     return {k[6:]: tensors.get(f'ema.{k[6:]}', v) for k, v in tensors.items() if k.startswith('model.')}, meta
