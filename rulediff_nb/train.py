@@ -142,7 +142,7 @@ class Run:
             raise ValueError(f"a batch of {r.batch} cannot be shared by {self.acc.num_processes} processes")
         self.net = self.acc.prepare_model(model) if self.acc.num_processes > 1 else model
         if compiled: self.net = torch.compile(self.net)
-        self.shares = level_shares(r.schedule().alphas_cumprod, r.noise_mean, r.noise_std)
+        self.shares = level_shares(model.abar.cpu(), r.noise_mean, r.noise_std)
         self.opt = self.acc.prepare_optimizer(OPTIMIZERS[r.optimizer](model, r))
         self.ema = EMAModel(model.parameters(), decay=r.ema, use_ema_warmup=True, power=.75) if r.ema else None
         self.recent, self.lowest, self.whole = deque(maxlen=100), math.inf, True

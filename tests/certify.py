@@ -34,7 +34,8 @@ def all_refusals(n): return [r for t in progress(WORLDS, len(WORLDS), "refusals"
 def brief(n=96, steps=600):
     "Images of networks (laptop with AdamW and all levels of the linear schedule alike) that have hardly learned anything."
     out, file = {}, io.BytesIO()
-    how = dict(attention=(False, True, True), optimizer="adamw", lr=2e-3, betas="linear", stratified=False, noise_std=0.)
+    how = dict(attention=(False, True, True), optimizer="adamw", lr=2e-3, betas="linear", stratified=False, noise_std=0.,
+               exact_target=False)
     for name in ("two_circles", "sun_shadow_free"):
         world = TASKS[name]
         model = train(unet("laptop", world, **how), world.sample(world.paper_n, 0)[0], steps)
