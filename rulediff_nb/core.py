@@ -215,11 +215,15 @@ def mosaic(
 
 def plot_panels(
     panels:Sequence[Panel], # at least one
+    cols:int=5,             # models side by side
 ):                          # a matplotlib figure
-    "Samples above, `b` against `a` below, one column per model: floor grey, model blue, the rule's line black."
+    "Samples above, `b` against `a` below, for each model: floor grey, model blue, the rule's line black."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, len(panels), figsize=(2.6*len(panels), 5.4), squeeze=False)
-    for p, top, low in zip(panels, *axes):
+    cols, lines = min(cols, len(panels)), -(-len(panels)//cols)
+    fig, axes = plt.subplots(2*lines, cols, figsize=(2.6*cols, 5.4*lines), squeeze=False)
+    pairs = list(zip(axes[::2].flat, axes[1::2].flat))
+    for ax in (ax for pair in pairs[len(panels):] for ax in pair): ax.remove()
+    for p, (top, low) in zip(panels, pairs):
         top.imshow((mosaic(p.images[:16]).permute(1, 2, 0) + 1)/2, interpolation='nearest')
         top.set_title(p.title, fontsize=9)
         top.set_axis_off()

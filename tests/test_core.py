@@ -267,6 +267,16 @@ def test_plot_panels(n):
     assert isinstance(fig, Figure) and len(fig.axes) == 4 and not plt.get_fignums()
 
 
+@pytest.mark.parametrize("models,lines", [(1, 1), (5, 1), (7, 2), (10, 2), (11, 3)])
+def test_many_panels_stand_in_lines_of_five(models, lines):
+    sides = torch.rand(4), torch.rand(4)
+    fig = plot_panels([Panel(str(k), images(2), sides, sides) for k in range(models)])
+    titles = [a.get_title() for a in fig.axes if a.get_title()]
+    low = [a for a in fig.axes if a.get_xlabel()]
+    assert titles == [str(k) for k in range(models)] and len(low) == models and len(fig.axes) == 2*models
+    assert fig.get_size_inches()[1] == pytest.approx(5.4*lines)
+
+
 @pytest.mark.parametrize("n", [1, 3, 4, 6, 16])
 def test_mosaic_shows_every_image(n):
     "A white image per cell: as many white pixels as the images have."
