@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import rulediff_nb
-from .core import Panel, check_int, default_device, from_bytes, plot_panels, progress, row_generator
+from .core import Panel, check_int, default_device, from_bytes, plot_panels, progress, range_known, row_generator
 from .features import REASONS
 from .grid import jobs, run_grid
 from .metrics import Measured, RuleReport, measured, real_images, rule_report
@@ -115,7 +115,7 @@ def measure_model(
     "Sample from a model and measure beside its own training set."
     m, world = model.manifest, model.recipe.world
     x = draw(model, n, steps, eta, seed, f'{world.name} {world.palette}')
-    return x, rule_report(world, x.cpu(), train=world.sample(m['images_in_set'], m['set_seed'])[0])
+    with range_known(): return x, rule_report(world, x.cpu(), train=world.sample(m['images_in_set'], m['set_seed'])[0])
 
 def readable_sides(
     m:Measured, # of n images

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import joblib
 import torch
 
-from .core import check_int, row_noise
+from .core import check_int, range_known, row_noise
 from .metrics import RuleReport, rule_report
 from .sample import sample
 from .schedule import add_noise, noise_schedule, snr, solve
@@ -110,7 +110,7 @@ def measure_run(
     "Denoising error, and the report of samples with its intervals."
     world = model.recipe.world
     x = sample(model, images, calls, 1., 777)
-    report = rule_report(world, x.cpu(), train=world.sample(job.n or world.paper_n, job.seed)[0])
+    with range_known(): report = rule_report(world, x.cpu(), train=world.sample(job.n or world.paper_n, job.seed)[0])
     out = denoising_error(model) | dict(images=report.n, calls=calls) | report_columns(report, SCORES)
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in out.items()}
 

@@ -25,6 +25,7 @@ from rulediff_nb.core import (
     plot_panels,
     plot_rule,
     progress,
+    range_known,
     row_generator,
     row_noise,
     row_uniform,
@@ -257,6 +258,14 @@ def test_plot_rule_draws_into_given_axes():
     plt.close(fig)
     assert plot_rule(torch.rand(5), torch.rand(5), ax=ax, colour="guided", label="guided") is fig and len(ax.collections) == 1
     with pytest.raises(KeyError): plot_rule(torch.rand(5), torch.rand(5), colour="pink")
+
+
+def test_pale_images_of_a_sampler_are_no_images_in_0_to_1():
+    pale = images(16).abs().clamp(min=.05)
+    with pytest.raises(ValueError, match="none of 16"): check_images(pale)
+    with range_known(): assert check_images(pale) is pale
+    with range_known(), pytest.raises(ValueError, match="0..255"): check_images(pale*255)
+    with pytest.raises(ValueError, match="none of 16"): check_images(pale)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 5, 20])

@@ -9,7 +9,7 @@ import pytest
 from tree import LIB, NAME, ROOT, clean_env, copy_to
 
 pytestmark = pytest.mark.wheel
-LIMIT = 32*2**20
+LIMIT = 48*10**6
 DEMO = ["demo", "--n", "16", "--steps", "2", "--out", "out"]
 
 
