@@ -177,10 +177,11 @@ class Run:
         "Denoising score matching: mean squared error of the recipe's prediction, towards one image or (Xu et al. 2023) the mean of all."
         abar, r = self.model.abar, self.recipe
         rows, t, eps, hide = batch
-        xt = add_noise(x0[rows], t, eps, abar)
+        x = x0[rows]
+        xt = add_noise(x, t, eps, abar)
         label = None if y is None else y[rows].masked_fill(hide.view(-1, *[1]*(y.ndim - 1)), -1 if r.classes else math.nan)
         if r.exact_target: want = self.exact(x0).answer(xt, t, r.prediction, None if y is None else label_among(label, y))
-        else: want = target(x0[rows], eps, t, abar, r.prediction)
+        else: want = target(x, eps, t, abar, r.prediction)
         with self.acc.autocast(), attention_for(self.device): got = self.net(xt, t, label).sample
         error = (got.float() - want).square().flatten(1).mean(1)
         return (error*min_snr_weight(t, abar, r.prediction, r.min_snr)).mean() if r.min_snr else error.mean()

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import joblib
@@ -17,13 +18,13 @@ from rulediff_nb.grid import Job, grid_table, job_recipe, measure_run
 from rulediff_nb.store import StoreError, load_tensors, write_atomic
 from rulediff_nb.tasks import TASKS
 from rulediff_nb.train import provenance, run_weights, train_steps
-from rulediff_nb.unet import unet
+from rulediff_nb.unet import PRESETS, unet
 
 ROOT = Path(__file__).parents[1]
 LAPTOP, STUDY = (150, 500, 1200, 3200), (1000, 3000, 6000, 12000, 20000)
 PAPER = (500, 1500, 4200)
-AS_STUDIED = dict(prediction="epsilon", contrast=0., betas="linear", stratified=False, noise_std=0., exact_target=False, batch=16,
-                  optimizer="adamw", lr=3e-4, warmup=0, decay=False, weight_decay=.01, clip=0., ema=0., precision="fp32")
+NETWORK = "preset", "channels", "layers", "attention", "head_dim", "patch", "epochs"   # of the preset `paper`: not taken
+AS_STUDIED = {k: v for k, v in asdict(PRESETS["paper"]).items() if k not in NETWORK and v != getattr(PRESETS["laptop"], k)}
 
 
 def plan():
@@ -43,14 +44,12 @@ def follow(job, marks, out, images):
     "The lines of one run: what is missing of it is trained."
     torch.set_num_threads(1)
     world = job_recipe(job).world
-    x0, folder, rows = world.sample(world.paper_n, job.seed)[0], out/job.key, []
+    x0, folder = world.sample(world.paper_n, job.seed)[0], out/job.key
     for mark in marks:
         done = folder/f"at-{mark}.json"
         if not done.exists(): write_atomic(done, json.dumps(line(job, mark, x0, folder, images), indent=1).encode())
-        rows.append(json.loads(done.read_text()))
-        r = rows[-1]
+        r = json.loads(done.read_text())
         print(f"{r['task']} {r['palette']} {r['label']}, step {mark}: yield_ {r['yield_']:.3f}, rule_gap {r['rule_gap']:.3f}", flush=True)
-    return rows
 
 
 def line(job, mark, x0, folder, images):
