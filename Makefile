@@ -1,11 +1,11 @@
-# make demo | test | slow | course | bench | certificate | recipes | curves | sampling | readme | clean     (PYTHON=python3.12 make … picks another Python)
+# make demo | test | slow | course | bench | certificate | recipes | curves | sampling | classifiers | readme | clean     (PYTHON=python3.12 make … picks another Python)
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
 NB_WORKERS ?= 2
 .NOTPARALLEL:
-.PHONY: demo test sync notebooks slow course bench certificate recipes curves sampling readme export clean
+.PHONY: demo test sync notebooks slow course bench certificate recipes curves sampling classifiers readme export clean
 
 demo: .venv/installed
 	$(BIN)/rulediff demo
@@ -40,6 +40,9 @@ curves: .venv/installed-dev
 
 sampling: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/sampling.py
+
+classifiers: .venv/installed-dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/classify.py --weights rulediff_nb/weights/classifiers
 
 readme: .venv/installed-dev
 	$(BIN)/python tests/make_readme.py

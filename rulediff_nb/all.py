@@ -1,4 +1,5 @@
 "Everything a reader types, in one import."
+from rulediff_nb.classifier import *
 from rulediff_nb.core import *
 from rulediff_nb.features import *
 from rulediff_nb.metrics import *

@@ -11,7 +11,8 @@ __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'REPORT', 'KEPT', 'ENDINGS', 'SIZES',
            'load_images', 'markdown_report', 'image_table', 'report', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #f4308eb7
-import csv, io, json, math, os, platform, sys, time, warnings, zipfile, zlib
+import csv, io, math, os, platform, sys, time, warnings, zipfile, zlib
+from ast import literal_eval
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -214,8 +215,8 @@ def _value(
 )->object:    # the value
     "Read one value of a kind; ValueError if it is of another."
     if kind is str: return text
-    try: values = tuple(json.loads(v) for v in text.lower().split(','))
-    except ValueError: values = ()
+    try: values = tuple(literal_eval(v.strip().capitalize()) for v in text.split(','))
+    except (ValueError, SyntaxError): values = ()
     if kind is list and values: return values
     fits = (int, float) if kind is float else kind
     if len(values) != 1 or not isinstance(values[0], fits) or isinstance(values[0], bool) != (kind is bool):

@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/grid.html.md"""
 
 # %% auto #0
 __all__ = ['LEVELS', 'SCORES', 'Job', 'jobs', 'job_recipe', 'denoising_error', 'report_columns', 'measure_run', 'run_job',
-           'engine', 'run_grid', 'stored_rows', 'grid_table', 'pace', 'read_table']
+           'engine', 'run_grid', 'stored_rows', 'grid_table', 'csv_text', 'pace', 'read_table']
 
 # %% ../nbs/08a_grid.ipynb #88dcaa22
 import csv, io, itertools, json, math, os, time
@@ -207,13 +207,18 @@ def stored_rows(
 def grid_table(
     rows:list[dict], # what `run_job` gave
 )->str:              # CSV, with the schema's version first
-    "Rows as CSV, sorted by task, recipe, steps and seed; a column per key that any row has."
-    keys = list(dict.fromkeys(k for r in rows for k in r if k != 'changes'))
+    "Rows sorted by task, recipe, steps and seed; a column per key that any row has."
     order = sorted(rows, key=lambda r: (r['task'], r['palette'], r['label'], r['steps'], r['seed']))
+    return csv_text([{k: v for k, v in r.items() if k != 'changes'} for r in order])
+
+def csv_text(
+    rows:list[dict], # lines of a table
+)->str:              # CSV, with the schema's version first; numbers to six places
+    "Any stored table of results; a column per key that any row has."
     text = io.StringIO()
-    w = csv.DictWriter(text, ['schema', *keys], extrasaction='ignore', lineterminator='\n')
+    w = csv.DictWriter(text, ['schema', *dict.fromkeys(k for r in rows for k in r if k != 'schema')], lineterminator='\n')
     w.writeheader()
-    w.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} | dict(schema=1) for r in order)
+    w.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} | dict(schema=1) for r in rows)
     return text.getvalue()
 
 # %% ../nbs/08a_grid.ipynb #e31277fa
@@ -233,12 +238,12 @@ def pace(
 
 # %% ../nbs/08a_grid.ipynb #eba9d472
 def read_table(
-    path:str|Path, # a table that `grid_table` made
+    path:str|Path, # a table that `csv_text` made
 )->list[dict]:     # rows; numbers as floats
-    "Read a stored grid; StoreError for a file that is missing or of another schema."
+    "Read a stored table; StoreError for a file that is missing or of another schema."
     try: rows = list(csv.DictReader(io.StringIO(Path(path).read_text())))
     except OSError as e: raise StoreError(f"no table {path}") from e
-    if not rows or rows[0].get('schema') != '1': raise StoreError(f"{path} is no grid of schema 1")
+    if not rows or rows[0].get('schema') != '1': raise StoreError(f"{path} is no table of schema 1")
     def number(v):
         try: return float(v)
         except (TypeError, ValueError): return v

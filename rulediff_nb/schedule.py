@@ -188,7 +188,7 @@ class FiniteSet(nn.Module):
         prediction:str, # a key of `PREDICTIONS`
         among:Tensor|None=None, # see `weights`
     )->Tensor:     # like `xt`
-        "The mean of all targets that the images behind xt may have set: what a perfect network answers."
+        "The mean of all targets that the images behind xt may have set: what a network that is perfect on the set answers."
         _check_known('prediction', prediction, PREDICTIONS)
         x0, (s, n) = self.x0_hat(xt, t, among).to(xt), _amplitudes_for(xt, t.long(), self.abar)
         return PREDICTIONS[prediction](x0, (xt - s*x0)/n, s, n)

@@ -1,4 +1,4 @@
-"""A run is a function of its recipe and its seed: stop it, peek into it, kill it and resume it, and the bits come out the same.
+"""A run is a function of its recipe, seed, length and training set: stop it, peek into it, kill it and resume it, and the bits come out the same.
 
 Docs: https://rulediff.github.io/rulediff_nb/train.html.md"""
 
@@ -126,6 +126,8 @@ def label_among(
 
 class Run:
     "A training in progress; under `accelerate launch` each process takes its part of every batch."
+    least = 0.   # no loss is lower
+
     def __init__(self,
         model:RuleUNet, # trained in place
         steps:int,      # length of the whole run, which fixes the learning rate's course
@@ -197,7 +199,8 @@ class Run:
         if len(self.recent) < 100: return
         mean = sum(self.recent)/100
         self.lowest = min(self.lowest, mean)
-        if mean > 5*self.lowest: raise FloatingPointError(f"loss has risen from {self.lowest:.3g} to {mean:.3g} {where}")
+        if mean - self.least > 5*(self.lowest - self.least):
+            raise FloatingPointError(f"loss has risen from {self.lowest:.3g} to {mean:.3g} {where}")
 
     def advance(self,
         x0:Tensor, # (n,3,s,s) training set on the run's device
@@ -248,10 +251,11 @@ def fit(
     seed:int=0,     # of batches, noise levels and noise
     y:Tensor|None=None, # (n,) int64 labels or (n,k) float conditions, for a model that takes them
     compiled:bool=False, # True: through torch.compile
+    kind:type[Run]=Run, # what a step is
 )->Iterator[Step]:  # one per step
     "Train; leaves the EMA weights in the model however the loop is left."
     y = check_set(model, x0, y)
-    run = Run(model.train(), steps, seed, compiled)
+    run = kind(model.train(), steps, seed, compiled)
     x0, y = x0.float().to(run.device), None if y is None else y.to(run.device)
     try:
         while run.step < steps: yield run.advance(x0, y)
@@ -366,10 +370,11 @@ def train_steps(
     remarks:dict|None=None, # JSON-ready, stored with the checkpoint
     y:Tensor|None=None, # labels or conditions, see `fit`
     compiled:bool=False, # True: through torch.compile
+    kind:type[Run]=Run, # what a step is
 )->Iterator[Step]:  # one per step
     "`fit` with checkpoints: resumes, and saves at intervals, at the end and when interrupted; a failed step is never saved."
     y = check_set(model, x0, y)
-    run, path = Run(model.train(), steps, seed, compiled), Path(folder)/'checkpoint.safetensors'
+    run, path = kind(model.train(), steps, seed, compiled), Path(folder)/'checkpoint.safetensors'
     data = dict(x0=x0) if y is None else dict(x0=x0, y=y)
     about = dict(provenance(run.device), **remarks or {}, images_in_set=len(x0), images_sha256=content_hash(data, {}), seconds=0.)
     lock = claim(folder) if run.acc.is_main_process else None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import diffusers
 import torch
 
+from rulediff_nb.core import range_known
 from rulediff_nb.grid import report_columns
 from rulediff_nb.metrics import Measured, bootstrap, gap, interval, measure, real_images, rule_report, statistics
 from rulediff_nb.sample import ddim, load_pretrained, sample
@@ -153,12 +154,13 @@ def main():
     old = csv.DictReader(io.StringIO(file.read_text())) if file.exists() and not a.again else []
     rows = {key(r): r for r in old if r["weights"] == now.get(r["world"], r["weights"])}   # worlds not asked for stay
 
-    for row in lines(settings(a.worlds, a.n), a.batch, set(rows)):
-        rows[key(row)] = row
-        write_atomic(file, to_csv(list(rows.values())).encode())
-        sys.stdout.write(f"{row['world']} {row['scheduler']} {row['calls']} calls, eta {row['eta']}, clip {row['clip']}: "
-                         f"rule_gap {row['rule_gap']:.3f}, {row['seconds']:.0f} s\n")
-        sys.stdout.flush()
+    with range_known():
+        for row in lines(settings(a.worlds, a.n), a.batch, set(rows)):
+            rows[key(row)] = row
+            write_atomic(file, to_csv(list(rows.values())).encode())
+            sys.stdout.write(f"{row['world']} {row['scheduler']} {row['calls']} calls, eta {row['eta']}, clip {row['clip']}: "
+                             f"rule_gap {row['rule_gap']:.3f}, {row['seconds']:.0f} s\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""What classifiers know: `make classifiers` (python tests/classify.py).
+
+Trains the pixel classifiers and the guidance classifiers (three seeds of each), and writes results/classifiers/: pixels.csv (accuracy on
+clean images), levels.csv (accuracy and calibration per noise level and margin, beside the bound for known scenes), regress.csv (what
+regressors know of log(b/a)). With --weights FOLDER the networks of seed 0 are stored there with their manifests. A line that stands in
+a table is not made again (--again makes all), so the command may be stopped at any time.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import joblib
+import torch
+
+from rulediff_nb.classifier import (
+    KINDS,
+    ON,
+    PIXEL,
+    PUBLISHED_MARGINS,
+    as_kind,
+    calibration_error,
+    classifier,
+    classifier_steps,
+    contrastive,
+    contrastive_factors,
+    fit_pixels,
+    graded_factors,
+    level_of,
+    noised_answers,
+    pixel_classifier,
+    right,
+    split,
+)
+from rulediff_nb.grid import csv_text, read_table
+from rulediff_nb.metrics import share_interval
+from rulediff_nb.store import save_release, write_atomic
+from rulediff_nb.tasks import TASKS, get_task
+from rulediff_nb.train import provenance
+
+ROOT = Path(__file__).parents[1]
+SIGMAS = .02, .05, .1, .2, .4, .8, 1.6, 3.2, 6.4
+MARGINS = 1/16, 1/32, 1/64, 1/128, 1/320   # two pixels to a tenth of one
+STUDIED = "sun_shadow", "perspective", "two_circles", "two_squares"
+
+
+def share(hits):
+    "A share with its interval."
+    low, high = share_interval(int(hits.sum()), len(hits))
+    return dict(accuracy=hits.float().mean().item(), accuracy_low=low, accuracy_high=high, images=len(hits))
+
+
+def pixel_rows(job):
+    "A pixel classifier, trained on four fifths of 2000 images of each kind and judged by the rest."
+    task, net, seed = get_task(job["task"], palette=job["palette"]), job["net"], job["seed"]
+    x, y = contrastive(task, 2000, seed, PUBLISHED_MARGINS.get(task.name, 1/32))
+    mine, rest = split(len(x), seed)
+    clf, start = pixel_classifier(net, task.size, seed), time.process_time()
+    for _ in fit_pixels(clf, x[mine], y[mine], job["epochs"], batch=64, lr=1e-3, seed=seed): pass
+    return [job | dict(cpu_seconds=time.process_time() - start) | share(right(clf, x[rest], y[rest]))]
+
+
+def known_scenes(task, margin, n=600):
+    "How often three known scenes, one of which is shown, are told apart, per sigma: nobody who must guess the scene does better."
+    f, y = contrastive_factors(task, n, 98, margin)
+    base = task.Factors(*(v[y == ON] for v in f))
+    three = torch.stack([task.render(as_kind(task, base, k, margin)) for k in KINDS[:3]])
+    true, noise = torch.arange(n) % 3, torch.randn(three.shape[1:], generator=torch.Generator().manual_seed(5))
+    shown = three[true, torch.arange(n)]
+    def best(sigma): return (three - shown - sigma*noise).square().flatten(2).sum(2).argmin(0)
+    return {sigma: (best(sigma) == true).float().mean().item() for sigma in SIGMAS}
+
+
+def trained(job, kind):
+    "A guidance classifier or regressor of a job, and the seconds that its training took."
+    task, start = get_task(job["task"], palette=job["palette"]), time.process_time()
+    changes = dict(classes=0, conditions=1) if kind == "regressor" else {}
+    clf = classifier("laptop", task, job["seed"], **changes)
+    for _ in classifier_steps(clf, job["seed"], job["steps"]): pass
+    return clf, time.process_time() - start
+
+
+def level_rows(job):
+    "Accuracy and calibration at each noise level and margin, on images that the classifier has not seen."
+    clf, seconds = trained(job, "classifier")
+    task, rows = clf.recipe.world, []
+    for margin in MARGINS:
+        try: x, y = contrastive(task, 300, 99, margin)
+        except ValueError: continue   # no room for so large a margin in this world
+        bound = known_scenes(task, margin)
+        for sigma in SIGMAS:
+            p = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).softmax(1)
+            said = dict(margin_px=margin*task.size, sigma=sigma, calibration=calibration_error(p, y), cpu_seconds=seconds)
+            rows.append(job | said | share(p.argmax(1) == y) | dict(bound=bound[sigma]))
+    return rows, clf
+
+
+def regress_rows(job):
+    "How much of log(b/a) a regressor knows at each noise level, and whether its deviations are as large as it says."
+    clf, seconds = trained(job, "regressor")
+    task, rows = clf.recipe.world, []
+    f, y = graded_factors(task, 900, 99, clf.recipe.margins[0])
+    x = task.render(f)
+    for sigma in SIGMAS:
+        mean, log_var = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).chunk(2, 1)
+        left = (mean - y).square()
+        z = left/log_var.exp()
+        rows.append(job | dict(margin_px=clf.recipe.margins[0]*task.size, sigma=sigma, cpu_seconds=seconds, images=len(x),
+                               r2=1 - (left.mean()/y.var()).item(), mean_z2=z.mean().item()))
+    return rows, clf
+
+
+def store(clf, job, kind, rows, folder):
+    "Write a network with its manifest."
+    r = clf.recipe
+    report = {f"sigma {v['sigma']:g}, {v['margin_px']:g} px": v["accuracy" if kind == "classifier" else "r2"] for v in rows}
+    about = dict(recipe=r.to_dict(), seed=job["seed"], steps=job["steps"], images=job["steps"]*r.batch, cpu_seconds=rows[0]["cpu_seconds"],
+                 measure="accuracy" if r.classes else "r2 of log(b/a)", report=report, **provenance(next(clf.parameters()).device))
+    save_release(folder, f"{job['task']}-{job['palette']}-{kind}", clf.state_dict(), about)
+
+
+MAKE = dict(pixels=pixel_rows, levels=level_rows, regress=regress_rows)
+
+
+def plan(worlds, palettes, seeds, epochs, steps):
+    "All jobs, as (table, job); of each seed all before any of the next."
+    for s in seeds:
+        for w in worlds:
+            for p in palettes: yield from ((k, dict(task=w, palette=p, seed=s, steps=steps)) for k in ("levels", "regress"))
+        yield from (("pixels", dict(task=w, palette="paper", net=k, seed=s, epochs=epochs)) for w in STUDIED if w in worlds for k in PIXEL)
+
+
+def done(table, job, rows): return any(all(str(r.get(k)) == str(v) or r.get(k) == v for k, v in job.items()) for r in rows)
+
+
+def run(table, job, weights):
+    "The rows of a job, its network stored if asked."
+    torch.set_num_threads(1)
+    got = MAKE[table](job)
+    if table == "pixels": return table, got
+    rows, clf = got
+    if weights and job["seed"] == 0: store(clf, job, dict(levels="classifier", regress="regressor")[table], rows, weights)
+    return table, rows
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--worlds", nargs="+", default=list(TASKS))
+    p.add_argument("--palettes", nargs="+", default=["pure"])
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--tables", nargs="+", default=list(MAKE))
+    p.add_argument("--epochs", type=int, default=15, help="of the pixel classifiers")
+    p.add_argument("--steps", type=int, default=1000, help="of the guidance classifiers")
+    p.add_argument("--workers", type=int, default=os.cpu_count())
+    p.add_argument("--weights", help="folder for the networks of seed 0")
+    p.add_argument("--again", action="store_true")
+    p.add_argument("--out", type=Path, default=ROOT/"results"/"classifiers")
+    a = p.parse_args()
+    files = {k: a.out/f"{k}.csv" for k in MAKE}
+    rows = {k: [] if a.again or not f.exists() else read_table(f) for k, f in files.items()}
+    work = [(t, j) for t, j in plan(a.worlds, a.palettes, a.seeds, a.epochs, a.steps) if t in a.tables and not done(t, j, rows[t])]
+    print(f"{len(work)} trainings", flush=True)
+    for table, new in joblib.Parallel(a.workers, return_as="generator_unordered")(joblib.delayed(run)(t, j, a.weights) for t, j in work):
+        rows[table] += new
+        write_atomic(files[table], csv_text(rows[table]).encode())
+        print(table, *(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in new[len(new)//2].items()), flush=True)
+
+
+if __name__ == "__main__": sys.exit(main())

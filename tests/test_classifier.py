@@ -1,0 +1,272 @@
+"Contrastive sets are fair, classifiers learn from them, resume, travel and refuse what they were not made for."
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rulediff_nb.features  # noqa: F401 (gives the worlds their ruler)
+from rulediff_nb.classifier import (
+    KINDS,
+    ON,
+    PIXEL,
+    PUBLISHED_MARGINS,
+    ClassifierRun,
+    RuleClassifier,
+    calibration_error,
+    classifier,
+    classifier_steps,
+    contrastive,
+    contrastive_factors,
+    fit_classifier,
+    fit_pixels,
+    graded_factors,
+    level_of,
+    load_classifier,
+    margins_for,
+    noised_answers,
+    pixel_classifier,
+    right,
+    split,
+    supervised_contrast,
+)
+from rulediff_nb.schedule import noise_schedule, snr
+from rulediff_nb.store import StoreError, save_release
+from rulediff_nb.tasks import TASKS, get_task
+from rulediff_nb.train import train_steps
+from rulediff_nb.unet import unet
+
+SMALL = dict(channels=(8, 8), attention=(False, False), width=8, batch=8)
+worlds = pytest.mark.parametrize("world", TASKS)
+
+
+def parts(task, f, classes): return [task.Factors(*(v.view(classes, -1)[k] for v in f)) for k in range(classes)]
+
+
+@worlds
+def test_kinds_differ_in_the_rule_alone(world):
+    "By the factors: the dependent length is off by the margin, all other factors have one law, the coarse rule breaks in its kind alone."
+    task = TASKS[world]
+    for margin in margins_for(task):
+        f, y = contrastive_factors(task, 200, 3, margin, classes=4)
+        assert y.tolist() == [k for k in range(4) for _ in range(200)]
+        for kind, g in zip(KINDS, parts(task, f, 4)):
+            off = torch.sub(*task.dependent(g))
+            want = dict(down=-margin, up=margin).get(kind, 0.)
+            if kind != "coarse":
+                assert (off - want).abs().max() < 1e-5 and task.coarse(g).all() and task.inside(g).all()
+            else: assert not task.coarse(g).any()
+
+
+@worlds
+def test_kinds_have_one_law_of_everything_else(world):
+    "Scenes of the kinds, put back on the rule, come from one law: no factor tells the kinds apart (Kolmogorov-Smirnov, n=1500 each)."
+    task, margin, n = TASKS[world], margins_for(world)[0], 1500
+    down, on, up = parts(task, contrastive_factors(task, n, 4, margin)[0], 3)
+    for a, m in ((down, margin), (up, -margin)):
+        back = task.with_dependent(a, getattr(a, task.length) + m)
+        for u, v in zip(back, on):
+            u, v = (w.reshape(n, -1)[:, 0].sort().values.contiguous() for w in (u, v))
+            at = torch.cat([u, v])
+            assert (torch.searchsorted(u, at, right=True) - torch.searchsorted(v, at, right=True)).abs().max()/n < 1.95*math.sqrt(2/n)
+
+
+@worlds
+def test_the_ruler_reads_what_the_labels_say(world):
+    task, margin = TASKS[world].with_(palette="pure"), margins_for(world)[0]
+    x, y = contrastive(task, 60, 0, margin)
+    f = task.features(x)
+    off = torch.sub(*task.dependent(f))
+    ok = f.readable & off.isfinite()
+    assert ok.float().mean() > .9 and ((off[ok]/margin).round() == y[ok] - 1).float().mean() > .98
+
+
+def test_scenes_depend_on_the_seed_and_margin_sets_share_none():
+    a, b, c = (contrastive_factors("two_squares", 20, s, (1/32, 1/64))[0] for s in (0, 0, 1))
+    assert all(torch.equal(u, v) for u, v in zip(a, b)) and not torch.equal(a[0], c[0])
+    assert len(set(a.l1.tolist())) == 120   # no scene is used twice
+
+
+def test_published_margin_of_perspective():
+    f, y = contrastive_factors("perspective", 400, 0, PUBLISHED_MARGINS["perspective"])
+    n = (f.l2*f.h2 - f.l1*f.h1)*1024
+    assert (n[y == ON].abs() < 1e-3).all() and (n[y == 0] < -14.99).all() and (n[y == 2] > 14.99).all()
+    assert abs(n[y == 2].mean() - (15 + 5*math.sqrt(2/math.pi))) < 1   # mean of |z| is sqrt(2/pi)
+
+
+def test_graded_scenes_lie_between_the_margins():
+    task = TASKS["two_circles"]
+    f, y = graded_factors(task, 500, 0, (1/64, 1/128))
+    off = torch.sub(*task.dependent(f))
+    a, b = task.sides(f)
+    assert y.shape == (1000, 1) and torch.allclose(y[:, 0], (b/a).log())
+    for part, m in zip(off.split(500), (1/64, 1/128)): assert part.abs().max() <= m + 1e-6 and part.std() > .5*m and abs(part.mean()) < .1*m
+
+
+@pytest.mark.parametrize("kw,error,said", [
+    (dict(margin=0.), ValueError, r"\(0,1\)"), (dict(margin=-.1), ValueError, r"\(0,1\)"), (dict(margin=math.nan), ValueError, r"\(0,1\)"),
+    (dict(margin=[]), ValueError, r"\(0,1\)"), (dict(margin=.4), ValueError, "too few scenes"), (dict(classes=2), ValueError, "3 or 4"),
+    (dict(n=0), ValueError, "n must be"), (dict(n=2.5), TypeError, "n must be"), (dict(seed=-1), ValueError, "seed"),
+    (dict(task="sun"), ValueError, "sun")])
+def test_contrastive_refuses(kw, error, said):
+    with pytest.raises(error, match=said): contrastive(**dict(task="two_squares", n=4, seed=0) | kw)
+
+
+@pytest.mark.parametrize("kind", PIXEL)
+@pytest.mark.parametrize("size", [16, 32])
+def test_pixel_classifiers(kind, size):
+    a, b, c = pixel_classifier(kind, size, 0), pixel_classifier(kind, size, 0), pixel_classifier(kind, size, 1, classes=4)
+    x = torch.rand(5, 3, size, size)
+    assert a(x).shape == (5, 3) and c(x).shape == (5, 4)
+    assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters()))
+    w = [next(n.parameters()) for n in (a, c)]
+    assert not torch.equal(*w)
+
+
+def test_eight_layers():
+    "Seven convolutions on the way and a linear layer; two more go around."
+    net = pixel_classifier("resnet8")
+    assert sum(isinstance(m, torch.nn.Linear) or getattr(m, "kernel_size", 0) == (3, 3) for m in net.modules()) == 8
+
+
+def test_pixel_classifier_refuses():
+    with pytest.raises(ValueError, match="small_conv"): pixel_classifier("vgg")
+
+
+def test_pixel_training_learns_and_repeats():
+    x, y = contrastive(TASKS["two_squares"].with_(palette="pure", size=16), 40, 0, 1/16)
+    nets = [pixel_classifier("mlp", 16) for _ in range(2)]
+    losses = [list(fit_pixels(n, x, y, 20, 16, 1e-3)) for n in nets]
+    assert losses[0] == losses[1] and losses[0][-1] < .7*losses[0][0] and right(nets[0], x, y).float().mean() > .6
+    state = torch.get_rng_state()
+    list(fit_pixels(nets[0], x, y, 1))
+    assert torch.equal(state, torch.get_rng_state()) and not nets[0].training
+    with pytest.raises(ValueError, match="labels"): next(fit_pixels(nets[0], x, y[:-1], 1))
+
+
+def test_split_cuts_once():
+    a, b = split(101, 3)
+    assert len(a) == 81 and sorted(a.tolist() + b.tolist()) == list(range(101)) and not torch.equal(a, split(101, 4)[0])
+
+
+@pytest.mark.parametrize("y", [torch.arange(12) % 3, torch.zeros(12, dtype=torch.long), torch.arange(12)])
+def test_supervised_contrast_against_loops(y):
+    g = torch.Generator().manual_seed(0)
+    f, tau = torch.randn(12, 5, generator=g), .5
+    u = F.normalize(f.double(), dim=1)
+    each = []
+    for i in range(12):
+        s = [math.exp(float(u[i]@u[j])/tau) for j in range(12)]
+        each.append(-math.log(sum(v for j, v in enumerate(s) if y[j] == y[i])/sum(s)))
+    assert abs(supervised_contrast(f, y, tau).item() - sum(each)/12) < 1e-6
+    assert supervised_contrast(3*f, y, tau) == pytest.approx(supervised_contrast(f, y, tau).item(), abs=1e-6)   # directions alone count
+
+
+def test_guidance_classifier_is_told_the_level_and_has_the_worlds_margins():
+    clf = classifier("laptop", "two_circles", **SMALL)
+    assert clf.recipe.margins == margins_for("two_circles") and clf.recipe.world.name == "two_circles"
+    x = torch.randn(3, 3, 32, 32)
+    assert clf(x, 10).shape == (3, 3) and not torch.allclose(clf(x, 10), clf(x, 900))
+    assert torch.allclose(clf(x, 10)[1], clf(x, torch.tensor([500, 10, 10]))[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kw,said", [(dict(classes=2), "3 or 4"), (dict(classes=0), "3 or 4"), (dict(classes=0, conditions=2), "3 or 4")])
+def test_classifier_refuses(kw, said):
+    with pytest.raises(ValueError, match=said): classifier("laptop", "two_squares", **SMALL, **kw)
+    with pytest.raises(ValueError, match="laptop"): classifier("huge", "two_squares")
+
+
+@pytest.mark.parametrize("kw", [{}, dict(classes=0, conditions=1)])
+def test_training_repeats_and_lowers_the_loss(kw):
+    logs = []
+    for _ in range(2):
+        clf = classifier("laptop", TASKS["two_squares"].with_(size=16, palette="pure"), 1, **SMALL, lr=2e-3, margins=(1/16,), **kw)
+        logs.append([s.loss for s in classifier_steps(clf, 1, 120, 100)])
+    assert logs[0] == logs[1] and sum(logs[0][-30:]) < sum(logs[0][:30]) and not clf.training
+
+
+def test_fit_classifier_is_its_generator():
+    kw = dict(seed=2, steps=4, n=20, margins=(1/16,), **SMALL)
+    a = fit_classifier("two_squares", **kw)
+    b = classifier("laptop", "two_squares", 2, margins=(1/16,), **SMALL)
+    list(classifier_steps(b, 2, 4, 20))
+    assert all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_a_killed_training_resumes_to_the_bits(tmp_path):
+    task = get_task("two_squares")
+    x, y = contrastive(task, 20, 0, 1/16)
+    def fresh(): return classifier("laptop", task, 0, margins=(1/16,), **SMALL)
+    whole, cut = fresh(), fresh()
+    list(train_steps(whole, x, tmp_path/"whole", 8, y=y, kind=ClassifierRun))
+    for s in train_steps(cut, x, tmp_path/"cut", 8, y=y, kind=ClassifierRun):
+        if s.step == 3: break
+    list(train_steps(cut := fresh(), x, tmp_path/"cut", 8, y=y, kind=ClassifierRun))
+    assert all(torch.equal(u, v) for u, v in zip(whole.state_dict().values(), cut.state_dict().values()))
+
+
+def test_saved_as_a_folder(tmp_path):
+    clf = classifier("laptop", "two_squares", **SMALL).eval()
+    clf.save_pretrained(tmp_path)
+    again, x = RuleClassifier.from_pretrained(tmp_path), torch.randn(2, 3, 32, 32)
+    assert again.recipe == clf.recipe and torch.equal(again(x, 5), clf(x, 5)) and not list(tmp_path.glob("*.bin"))
+
+
+def released(folder, **changes):
+    clf = classifier("laptop", TASKS["two_squares"].with_(palette="pure"), **SMALL)
+    save_release(folder, "two_squares-pure-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict() | changes))
+    return clf
+
+
+def test_load_classifier(tmp_path):
+    clf = released(tmp_path)
+    got, x = load_classifier("two_squares", folder=tmp_path), torch.randn(2, 3, 32, 32)
+    assert torch.allclose(got(x, 5), clf.eval()(x, 5), atol=1e-2) and not got.training and got.manifest["sha256"]
+    with pytest.raises(StoreError, match="two_squares-paper-classifier"): load_classifier("two_squares", "paper", folder=tmp_path)
+    with pytest.raises(ValueError, match="circle"): load_classifier("circle", folder=tmp_path)
+    file = tmp_path/"two_squares-pure-classifier.safetensors"
+    b = bytearray(file.read_bytes())
+    b[-1] ^= 1
+    file.write_bytes(b)
+    with pytest.raises(StoreError): load_classifier("two_squares", folder=tmp_path)
+
+
+def test_load_classifier_refuses_another_world_or_network(tmp_path):
+    released(tmp_path, task=get_task("two_circles").spec())
+    with pytest.raises(StoreError, match="two_circles-paper"): load_classifier("two_squares", folder=tmp_path)
+    released(tmp_path, width=16)
+    with pytest.raises(StoreError, match="does not fit"): load_classifier("two_squares", folder=tmp_path)
+
+
+@pytest.mark.parametrize("betas", ["linear", "cosine"])
+def test_level_of_is_the_nearest(betas):
+    abar = noise_schedule(kind=betas).alphas_cumprod
+    for sigma in (.02, .3, 2., 20.):
+        t = level_of(sigma, abar)
+        off = (math.log(sigma) + .5*snr(abar).log()).abs()
+        assert off[t] <= off[max(t - 1, 0):t + 2].min()
+    for bad in (0., -1., math.nan):
+        with pytest.raises(ValueError, match="above 0"): level_of(bad, abar)
+
+
+def test_noised_answers_do_not_depend_on_the_batch():
+    clf, x = classifier("laptop", "two_squares", **SMALL).eval(), torch.rand(300, 3, 32, 32)
+    a, b = noised_answers(clf, x, 100, 1), noised_answers(clf, x[:10], 100, 1)
+    assert torch.allclose(a[:10], b, atol=1e-5) and not torch.allclose(b, noised_answers(clf, x[:10], 100, 2))
+
+
+def test_calibration_error():
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(20000, 1, generator=g)*.5 + .5
+    y = (torch.rand(20000, generator=g) > p[:, 0]).long()       # class 0 with the probability that is said
+    assert calibration_error(torch.cat([p, 1 - p], 1), y) < .02
+    sure = torch.cat([torch.full_like(p, .99), torch.full_like(p, .01)], 1)
+    assert abs(calibration_error(sure, y) - (.99 - (y == 0).float().mean().item())) < 1e-3
+    with pytest.raises(ValueError, match="bins"): calibration_error(p[:5], y[:5])
+
+
+def test_the_classifier_fits_its_model():
+    "Its schedule is that of the preset it guides."
+    for preset in ("laptop", "paper"):
+        a = classifier(preset, "two_squares", **(SMALL if preset == "laptop" else dict(channels=(32,), attention=(False,), layers=1))).abar
+        assert torch.equal(a, unet("laptop", "two_squares").abar if preset == "laptop" else noise_schedule().alphas_cumprod)
