@@ -83,7 +83,7 @@ def csv_table(
     return out.getvalue()
 
 # %% ../nbs/90_cli.ipynb #a89e826b
-DEMO_SEED = 20_251  # never used while a recipe, a ruler or a threshold was chosen
+DEMO_SEED = 20_251  # of the demo alone: no recipe is compared on it
 
 def check_folder(
     folder:str|Path, # where results shall go

@@ -37,7 +37,7 @@ def plan():
 
 def label(job):
     "The recipe in a word or two: the study's has too many for a table."
-    return "as studied" if dict(job.changes) == AS_STUDIED else job.label
+    return "paper's training, partial" if dict(job.changes) == AS_STUDIED else job.label
 
 
 def follow(job, marks, out, images):

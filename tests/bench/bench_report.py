@@ -26,6 +26,7 @@ print(f"{{before:.2f}} GiB before, images {{x.nbytes/2**30:.2f}} GiB, {{drawn:.2
 def figure_report():
     task = TASKS["sun_shadow"]
     x, _ = task.sample(1024, 5)
+    rule_report(task, x[:64])   # to warm up
     for what in ("floor measured too", "floor known"):
         if what == "floor measured too": real_images.cache_clear()
         start = time.perf_counter()
@@ -44,5 +45,5 @@ def figure_memory():
 def bench_import():
     def run(code): return lambda: subprocess.run([sys.executable, "-c", code], check=True)
     plain = "import torch, matplotlib, PIL\nfrom diffusers import DDPMScheduler, UNet2DModel"
-    what = "cold import: torch, matplotlib, diffusers' model and scheduler -> rulediff_nb.all"
+    what = "import in a process of its own: torch, matplotlib, diffusers' model and scheduler -> rulediff_nb.all"
     return what, run(plain), run("from rulediff_nb.all import *")
