@@ -48,7 +48,7 @@ def settings(worlds, n):
         yield from (s(w, "DDIM", c, e) for e in ETAS for c in CALLS if (c, e) != (50, 1.))
         yield from (s(w, "DDIM", c, e, False) for c in (10, 50) for e in (0., 1.))
     first, rest = worlds[0], [v for w in worlds[1:] for v in grid(w)]
-    others = [s(first, o, 20) for o in OTHERS] + [s(first, o, 10) for o in TWICE]
+    others = [s(first, o, 20) for o in OTHERS] + [s(first, o, 11) for o in TWICE]
     return [*grid(first), *others, s(first, "DDIM", 1000, 1., n=n//2), *rest, s(first, "DDPM", 1000, n=n//2)]
 
 
