@@ -626,7 +626,8 @@ def test_what_is_no_model_is_named():
     with pytest.raises(TypeError, match="recipe.*got str"): sampling.sample("two_squares")
 
 
-def test_every_setting_of_the_study_fits_the_model(m):
+def test_every_setting_of_the_study_fits_the_model():
     "A sampler that is refused would end `make sampling` half-way."
+    m = unet("laptop", "sun_shadow", channels=(8, 8), attention=(False, False), head_dim=8)
     for s in script.settings(["sun_shadow", "two_squares"], 256):
         if s.steps < 1000: sampling.plan(m, s.steps, s.eta, 0, script.scheduler(s, m.recipe))
