@@ -107,16 +107,23 @@ def misfit(
     steps:int=50,             # for `set_timesteps`
     eta:float=0.,             # see `sample_steps`
 )->float:                     # in pixel values; 0: fits exactly
-    "Largest deviation of noise from what the model is told, and of the end from the one picture known; raises what the scheduler raises."
-    sch, x0 = copy.deepcopy(scheduler), torch.linspace(-.9, .9, 768).view(1, 3, 16, 16)
-    one, off, z = ExactDenoiser(x0, recipe), [], row_noise(0, [0], (3, 16, 16), 20)
-    def predict(xt, t):
-        s, n = amplitudes(t.long().view(1), one.abar)
-        off.append((xt - s*x0).square().mean().sqrt() - n.squeeze())
-        return one.predict(xt, t)
-    sch.set_timesteps(steps)
-    *_, last = _walk(predict, sch, z/z.square().mean().sqrt(), 0, [0], eta)
-    return torch.stack([*off, (last.x - x0).square().mean().sqrt()]).abs().max().item()
+    "Largest deviation on known ground: with one picture, and between a picture and its negative; raises what the scheduler raises."
+    x0, z = torch.linspace(-.9, .9, 768).view(1, 3, 16, 16), row_noise(0, [0], (3, 16, 16), 20)
+    one, two, off = ExactDenoiser(x0, recipe), ExactDenoiser(torch.cat([x0, -x0]), recipe), []
+    rms, spread = x0.square().mean().sqrt(), x0.numel()**-.5   # of the picture; of unit noise along it
+    def noise(xt, s, n): return (xt - s*x0).square().mean().sqrt() - n                         # as much as the model is told?
+    def beyond(xt, s, n): return ((xt*x0).mean().abs()/rms - s*rms - 4*n*spread).clamp(min=0)   # between the two, but for noise?
+    def walk(denoiser, check):
+        def predict(xt, t):
+            s, n = (v.squeeze() for v in amplitudes(t.long().view(1), one.abar))
+            off.append(check(xt, s, n))
+            return denoiser.predict(xt, t)
+        sch = copy.deepcopy(scheduler)
+        sch.set_timesteps(steps)
+        return [d.x for d in _walk(predict, sch, z/z.square().mean().sqrt(), 0, [0], eta)][-1]
+    end = walk(one, noise)
+    walk(two, beyond)
+    return torch.stack([*off, (end - x0).square().mean().sqrt()]).abs().max().item()
 
 # %% ../nbs/08_sample.ipynb #87243fbd
 FITS = .1   # largest `misfit` that is let through, in pixel values
