@@ -1,7 +1,9 @@
 "What a report costs: time, memory, and the import before it."
+import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -9,18 +11,27 @@ from rulediff_nb.metrics import real_images, rule_report
 from rulediff_nb.tasks import TASKS
 
 PEAK = """
-import resource, torch
+import sys
+sys.path.insert(0, {root!r})
+from tests.bench.bench_report import peak
 from rulediff_nb.tasks import get_task
 from rulediff_nb.metrics import measure
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 task = get_task("sun_shadow", size={size})
 measure(task, task.sample(64, 1)[0])
 before = peak()
 x = task.sample({n}, 0)[0]
 drawn = peak()
 measure(task, x[:{read}])
-print(f"{{before:.2f}} GiB before, images {{x.nbytes/2**30:.2f}} GiB, {{drawn:.2f}} GiB when drawn, {{peak():.2f}} when {read} are read")
+said = {{"before": before, "when drawn": drawn, "when {read} are read": peak()}}
+print(f"images {{x.nbytes/2**30:.2f}} GiB; " + ", ".join(f"{{v/2**30:.2f}} GiB {{k}}" for k, v in said.items()))
 """
+
+
+def peak():
+    "Largest resident memory of this process in bytes; getrusage would begin with what the parent held when it forked."
+    status = Path("/proc/self/status")
+    if not status.exists(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))*1024
 
 
 def figure_report():
@@ -37,7 +48,7 @@ def figure_report():
 
 def figure_memory():
     for size, read in ((32, 10_000), (128, 500)):
-        code = PEAK.format(size=size, n=10_000, read=read)
+        code = PEAK.format(root=str(Path(__file__).parents[2]), size=size, n=10_000, read=read)
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         yield f"peak memory, 10000 images of {size} px: {out.stdout.strip()}"
 

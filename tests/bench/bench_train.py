@@ -1,5 +1,6 @@
 "Training: against a textbook loop with the same network, batch and optimizer; against the machine's own peak; memory per image."
 import io
+import os
 import subprocess
 import sys
 import time
@@ -65,7 +66,7 @@ def ours(x, preset, **how):
 def bench_textbook():
     "Network, batch and optimizer are the same; bfloat16, the law of levels, averaged weights, clipping and exact targets are ours alone."
     x = TASK.sample(TASK.paper_n, 0)[0]
-    for threads in sorted({1, torch.get_num_threads()}):
+    for threads in sorted({1, os.cpu_count()}):
         torch.set_num_threads(threads)
         what = f"{STEPS} steps of preset laptop, {threads} thread(s): textbook loop, fp32 -> Run, bf16 and exact targets"
         yield what, textbook(x, "laptop"), ours(x, "laptop")
@@ -113,7 +114,7 @@ def figure_share_of_the_peak():
 
 
 CHILD = """
-import resource, sys, torch
+import sys, torch
 sys.path.insert(0, {root!r})
 from tests.bench.bench_train import TASK, textbook, ours
 from rulediff_nb.sample import sample
@@ -127,7 +128,8 @@ x = torch.rand(256, 3, 32, 32)*2 - 1
 what = {what!r}
 if what == 'sampling': sample(unet('laptop', TASK).eval(), {batch}, steps=2, batch={batch})
 else: (textbook if what == 'textbook loop' else ours)(x, 'laptop')()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
+from tests.bench.bench_report import peak
+print(peak())
 """
 
 
