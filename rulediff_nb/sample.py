@@ -143,7 +143,8 @@ def _check_scheduler(
     if not far < 1e-5: raise ValueError(f"{name} has other noise levels than the model: alphas_cumprod differs by {far:.3g}")
     try: off = misfit(scheduler, recipe, steps, eta)
     except Exception as e: raise ValueError(f"{name} does not work with {steps} steps here: {type(e).__name__}: {e}") from e
-    if not off <= FITS: raise ValueError(f"{name} does not fit at {steps} steps: it strays from known pictures by {off:.3g}, allowed {FITS}")
+    if not off <= FITS:
+        raise ValueError(f"{name} does not fit at {steps} steps: it strays from known pictures by {off:.3g}, allowed {FITS}")
     return copy.deepcopy(scheduler)
 
 def plan(
