@@ -1,9 +1,10 @@
 """What classifiers know: `make classifiers` (python tests/classify.py).
 
 Trains the pixel classifiers and the guidance classifiers (three seeds of each), and writes results/classifiers/: pixels.csv (accuracy on
-clean images), levels.csv (accuracy and calibration per noise level and margin, beside the bound for known scenes), regress.csv (what
-regressors know of log(b/a)). With --weights FOLDER the networks of seed 0 are stored there with their manifests. A line that stands in
-a table is not made again (--again makes all), so the command may be stopped at any time.
+clean images), levels.csv (accuracy per noise level and margin, the same scenes for all, beside the bound for known ones),
+calibration.csv (of the same classifiers, on the mixture of margins they learned) and regress.csv (what regressors know of log(b/a)).
+With --weights FOLDER the networks of seed 0 are stored there with their manifests. A line that stands in a table is not made again
+(--again makes all), so the command may be stopped at any time.
 """
 import argparse
 import os
@@ -16,22 +17,23 @@ import torch
 
 from rulediff_nb.classifier import (
     KINDS,
-    ON,
     PIXEL,
     PUBLISHED_MARGINS,
     as_kind,
     calibration_error,
+    calibration_floor,
     classifier,
     classifier_steps,
     contrastive,
-    contrastive_factors,
     fit_pixels,
     graded_factors,
     level_of,
     noised_answers,
     pixel_classifier,
     right,
+    scenes_for,
     split,
+    told_apart,
 )
 from rulediff_nb.grid import csv_text, read_table
 from rulediff_nb.metrics import share_interval
@@ -61,17 +63,6 @@ def pixel_rows(job):
     return [job | dict(cpu_seconds=time.process_time() - start) | share(right(clf, x[rest], y[rest]))]
 
 
-def known_scenes(task, margin, n=600):
-    "How often three known scenes, one of which is shown, are told apart, per sigma: nobody who must guess the scene does better."
-    f, y = contrastive_factors(task, n, 98, margin)
-    base = task.Factors(*(v[y == ON] for v in f))
-    three = torch.stack([task.render(as_kind(task, base, k, margin)) for k in KINDS[:3]])
-    true, noise = torch.arange(n) % 3, torch.randn(three.shape[1:], generator=torch.Generator().manual_seed(5))
-    shown = three[true, torch.arange(n)]
-    def best(sigma): return (three - shown - sigma*noise).square().flatten(2).sum(2).argmin(0)
-    return {sigma: (best(sigma) == true).float().mean().item() for sigma in SIGMAS}
-
-
 def trained(job, kind):
     "A guidance classifier or regressor of a job, and the seconds that its training took."
     task, start = get_task(job["task"], palette=job["palette"]), time.process_time()
@@ -81,40 +72,58 @@ def trained(job, kind):
     return clf, time.process_time() - start
 
 
+def fitting(task):
+    "The margins of the table that the world has room for, and 900 scenes of which the widest can be drawn."
+    for i in range(len(MARGINS)):
+        try: return MARGINS[i:], scenes_for(task, 900, 99, MARGINS[i])[0]
+        except ValueError: continue
+    raise ValueError(f"{task.name} has no room for any margin of {MARGINS}")
+
+
 def level_rows(job):
-    "Accuracy and calibration at each noise level and margin, on images that the classifier has not seen."
+    "Accuracy at each noise level and margin, on scenes that the classifier has not seen; and its calibration, as lines of another table."
     clf, seconds = trained(job, "classifier")
     task, rows = clf.recipe.world, []
-    for margin in MARGINS:
-        try: x, y = contrastive(task, 300, 99, margin)
-        except ValueError: continue   # no room for so large a margin in this world
-        bound = known_scenes(task, margin)
+    margins, base = fitting(task)
+    y = torch.arange(900) % 3
+    for margin in margins:
+        three = torch.stack([task.render(as_kind(task, base, k, margin)) for k in KINDS[:3]], 1)
         for sigma in SIGMAS:
-            p = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).softmax(1)
-            said = dict(margin_px=margin*task.size, sigma=sigma, calibration=calibration_error(p, y), cpu_seconds=seconds)
-            rows.append(job | said | share(p.argmax(1) == y) | dict(bound=bound[sigma]))
+            p = noised_answers(clf, three[torch.arange(900), y], level_of(sigma, clf.abar), job["seed"]).softmax(1)
+            said = job | dict(margin_px=margin*task.size, sigma=sigma, cpu_seconds=seconds)
+            rows.append(said | share(p.argmax(1) == y) | dict(bound=told_apart(three, sigma, 98)))
     return rows, clf
+
+
+def calibration_rows(clf, job):
+    "Calibration on fresh scenes of the mixture of margins that the classifier was trained on."
+    task = clf.recipe.world
+    x, y = contrastive(task, 300, 97, clf.recipe.margins)
+    for sigma in SIGMAS:
+        p = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).softmax(1)
+        yield job | dict(sigma=sigma, calibration=calibration_error(p, y), calibration_floor=calibration_floor(p)) | share(p.argmax(1) == y)
 
 
 def regress_rows(job):
     "How much of log(b/a) a regressor knows at each noise level, and whether its deviations are as large as it says."
     clf, seconds = trained(job, "regressor")
     task, rows = clf.recipe.world, []
-    f, y = graded_factors(task, 900, 99, clf.recipe.margins[0])
+    f, y = graded_factors(task, 900, 99, clf.recipe.margins)
     x = task.render(f)
     for sigma in SIGMAS:
         mean, log_var = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).chunk(2, 1)
         left = (mean - y).square()
         z = left/log_var.exp()
-        rows.append(job | dict(margin_px=clf.recipe.margins[0]*task.size, sigma=sigma, cpu_seconds=seconds, images=len(x),
-                               r2=1 - (left.mean()/y.var()).item(), mean_z2=z.mean().item()))
+        said = dict(r2=1 - (left.mean()/y.var()).item(), mean_z2=z.mean().item())
+        rows.append(job | dict(sigma=sigma, cpu_seconds=seconds, images=len(x)) | said)
     return rows, clf
 
 
 def store(clf, job, kind, rows, folder):
     "Write a network with its manifest."
     r = clf.recipe
-    report = {f"sigma {v['sigma']:g}, {v['margin_px']:g} px": v["accuracy" if kind == "classifier" else "r2"] for v in rows}
+    def name(v): return f"sigma {v['sigma']:g}" + (f", {v['margin_px']:g} px" if "margin_px" in v else "")
+    report = {name(v): v["accuracy" if kind == "classifier" else "r2"] for v in rows}
     about = dict(recipe=r.to_dict(), seed=job["seed"], steps=job["steps"], images=job["steps"]*r.batch, cpu_seconds=rows[0]["cpu_seconds"],
                  measure="accuracy" if r.classes else "r2 of log(b/a)", report=report, **provenance(next(clf.parameters()).device))
     save_release(folder, f"{job['task']}-{job['palette']}-{kind}", clf.state_dict(), about)
@@ -135,13 +144,13 @@ def done(table, job, rows): return any(all(str(r.get(k)) == str(v) or r.get(k) =
 
 
 def run(table, job, weights):
-    "The rows of a job, its network stored if asked."
+    "The rows of a job by table, its network stored if asked."
     torch.set_num_threads(1)
     got = MAKE[table](job)
-    if table == "pixels": return table, got
+    if table == "pixels": return dict(pixels=got)
     rows, clf = got
     if weights and job["seed"] == 0: store(clf, job, dict(levels="classifier", regress="regressor")[table], rows, weights)
-    return table, rows
+    return dict(levels=rows, calibration=list(calibration_rows(clf, job))) if table == "levels" else dict(regress=rows)
 
 
 def main():
@@ -157,14 +166,15 @@ def main():
     p.add_argument("--again", action="store_true")
     p.add_argument("--out", type=Path, default=ROOT/"results"/"classifiers")
     a = p.parse_args()
-    files = {k: a.out/f"{k}.csv" for k in MAKE}
+    files = {k: a.out/f"{k}.csv" for k in (*MAKE, "calibration")}
     rows = {k: [] if a.again or not f.exists() else read_table(f) for k, f in files.items()}
     work = [(t, j) for t, j in plan(a.worlds, a.palettes, a.seeds, a.epochs, a.steps) if t in a.tables and not done(t, j, rows[t])]
     print(f"{len(work)} trainings", flush=True)
-    for table, new in joblib.Parallel(a.workers, return_as="generator_unordered")(joblib.delayed(run)(t, j, a.weights) for t, j in work):
-        rows[table] += new
-        write_atomic(files[table], csv_text(rows[table]).encode())
-        print(table, *(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in new[len(new)//2].items()), flush=True)
+    for got in joblib.Parallel(a.workers, return_as="generator_unordered")(joblib.delayed(run)(t, j, a.weights) for t, j in work):
+        for table, new in got.items():
+            rows[table] += new
+            write_atomic(files[table], csv_text(rows[table]).encode())
+            print(table, *(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in new[len(new)//2].items()), flush=True)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -14,6 +14,7 @@ from rulediff_nb.classifier import (
     ClassifierRun,
     RuleClassifier,
     calibration_error,
+    calibration_floor,
     classifier,
     classifier_steps,
     contrastive,
@@ -27,10 +28,12 @@ from rulediff_nb.classifier import (
     noised_answers,
     pixel_classifier,
     right,
+    scenes_for,
     split,
     supervised_contrast,
+    told_apart,
 )
-from rulediff_nb.schedule import noise_schedule, snr
+from rulediff_nb.schedule import best_accuracy, noise_schedule, snr
 from rulediff_nb.store import StoreError, save_release
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.train import train_steps
@@ -255,6 +258,15 @@ def test_noised_answers_do_not_depend_on_the_batch():
     assert torch.allclose(a[:10], b, atol=1e-5) and not torch.allclose(b, noised_answers(clf, x[:10], 100, 2))
 
 
+def test_told_apart_is_the_formula_for_two():
+    "Of two scenes the normal law of best_accuracy; of three alike a third."
+    xa, xb = (TASKS["two_squares"].sample(4000, 0, violate=v, margin=1/64)[0] for v in (None, "up"))
+    for sigma in (.3, 1., 3.):
+        want = best_accuracy(xa, xb, torch.tensor([1/(1 + sigma**2)])).mean().item()
+        assert abs(told_apart(torch.stack([xa, xb], 1), sigma) - want) < 4*math.sqrt(.25/4000)
+    assert abs(told_apart(torch.stack([xa]*3, 1), 1.) - 1/3) < .03
+
+
 def test_calibration_error():
     g = torch.Generator().manual_seed(0)
     p = torch.rand(20000, 1, generator=g)*.5 + .5
@@ -263,6 +275,14 @@ def test_calibration_error():
     sure = torch.cat([torch.full_like(p, .99), torch.full_like(p, .01)], 1)
     assert abs(calibration_error(sure, y) - (.99 - (y == 0).float().mean().item())) < 1e-3
     with pytest.raises(ValueError, match="bins"): calibration_error(p[:5], y[:5])
+    q = torch.cat([p, 1 - p], 1)[:900]
+    assert .005 < calibration_floor(q) < .04 and calibration_error(sure, y) > 5*calibration_floor(sure)
+
+
+def test_scenes_for_are_on_the_rule_and_have_their_margin():
+    task = TASKS["perspective"]
+    f, m = scenes_for(task, 50, 0, PUBLISHED_MARGINS["perspective"])
+    assert (torch.sub(*task.dependent(f)).abs() < 1e-6).all() and m.shape == (50,) and m.unique().numel() == 50
 
 
 def test_the_classifier_fits_its_model():

@@ -1,5 +1,6 @@
 "Rows of noise that belong to their seed, checks of what a caller hands over, figures, sliders under test, exercises."
 import math
+import re
 import warnings
 
 import matplotlib.pyplot as plt
@@ -34,6 +35,7 @@ from rulediff_nb.core import (
     to_bytes,
     to_numpy,
 )
+from tree import modules
 
 torch.set_num_threads(1)
 big = st.integers(0, 2**63 - 1)
@@ -388,3 +390,10 @@ def test_plot_rule_marks_what_lies_beyond_the_frame():
     ax = plot_rule(a, b).axes[0]
     inside, beyond = (c.get_offsets() for c in ax.collections)
     assert len(inside) == 47 and len(beyond) == 3 and ax.get_ylim()[1] < 2 and (beyond[:, 1] < ax.get_ylim()[1]).all()
+
+
+def test_new_streams_stay_out_of_the_samplers():
+    "Step k of the sampler takes stream 21 + k; measures that were stored before that was seen keep theirs."
+    old = {30, 31, 32, 40, 41, 43, 70}
+    used = {int(k) for f in modules().values() for k in re.findall(r"stream=(\d+)", f.read_text())}
+    assert used and all(k < 21 or k > 21 + 1000 or k in old for k in used), sorted(used)
