@@ -471,7 +471,6 @@ def calibration_error(
     parts = zip(said[order].tensor_split(bins), (kind == y)[order].float().tensor_split(bins))
     return sum(len(s)*(s.mean() - r.mean()).abs().item() for s, r in parts)/len(p)
 
-# %% ../nbs/12_classifier.ipynb #87a6b0da
 def calibration_floor(
     p:Tensor,     # (n,classes) probabilities
     draws:int=20, # of labels
