@@ -36,7 +36,7 @@ def plan():
 
 
 def label(job):
-    "The recipe in a word or two: the study's has too many for a table."
+    "The recipe in a word or two: the changes to the preset paper's training are too many for a table."
     return "paper's training, partial" if dict(job.changes) == AS_STUDIED else job.label
 
 
