@@ -1,11 +1,11 @@
-# make demo | test | slow | course | bench | certificate | recipes | curves | sampling | classifiers | readme | clean     (PYTHON=python3.12 make … picks another Python)
+# make demo | test | slow | course | bench | certificate | recipes | curves | sampling | classifiers | guidance | readme | clean     (PYTHON=python3.12 make … picks another Python)
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
 NB_WORKERS ?= 2
 .NOTPARALLEL:
-.PHONY: demo test sync notebooks slow course bench certificate recipes curves sampling classifiers readme export clean
+.PHONY: demo test sync notebooks slow course bench certificate recipes curves sampling classifiers guidance readme export clean
 
 demo: .venv/installed
 	$(BIN)/rulediff demo
@@ -43,6 +43,9 @@ sampling: .venv/installed-dev
 
 classifiers: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/classify.py --weights rulediff_nb/weights/classifiers
+
+guidance: .venv/installed-dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/guidance.py
 
 readme: .venv/installed-dev
 	$(BIN)/python tests/make_readme.py

@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/grid.html.md"""
 
 # %% auto #0
 __all__ = ['LEVELS', 'SCORES', 'Job', 'jobs', 'job_recipe', 'denoising_error', 'report_columns', 'measure_run', 'run_job',
-           'engine', 'run_grid', 'stored_rows', 'grid_table', 'csv_text', 'pace', 'read_table']
+           'engine', 'run_grid', 'stored_rows', 'grid_table', 'csv_text', 'pace', 'read_table', 'Seeds', 'over_seeds']
 
 # %% ../nbs/08a_grid.ipynb #88dcaa22
 import csv, io, itertools, json, math, os, time
@@ -248,3 +248,22 @@ def read_table(
         try: return float(v)
         except (TypeError, ValueError): return v
     return [{k: number(v) for k, v in r.items()} for r in rows]
+
+class Seeds(NamedTuple):
+    "A number over the seeds of a setting; NaN where no seed has it."
+    mean:float # of the seeds
+    low:float  # the lowest seed's
+    high:float # the highest seed's
+
+def over_seeds(
+    rows:list[dict],     # lines of a table
+    keys:Sequence[str],  # columns that name a setting
+    names:Sequence[str], # columns with numbers
+)->list[dict]:           # one per setting in the order met: its keys, `seeds` (how many lines), a `Seeds` for each name
+    "Put the lines of a setting's seeds together; KeyError for a column that the table lacks."
+    groups = {}
+    for r in rows: groups.setdefault(tuple(r[k] for k in keys), []).append(r)
+    def put(values):
+        known = [v for v in values if isinstance(v, float) and math.isfinite(v)]
+        return Seeds(sum(known)/len(known), min(known), max(known)) if known else Seeds(*[math.nan]*3)
+    return [dict(zip(keys, key), seeds=len(same)) | {n: put([r[n] for r in same]) for n in names} for key, same in groups.items()]

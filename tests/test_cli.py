@@ -19,8 +19,10 @@ from tree import ROOT, clean_env
 
 from rulediff_nb import cli
 from rulediff_nb.cli import SCHEMA, SHOWN, load_images, main, read_images
+from rulediff_nb.classifier import classifier, load_classifier
 from rulediff_nb.core import from_bytes, to_bytes
 from rulediff_nb.features import REASONS
+from rulediff_nb.grid import csv_text
 from rulediff_nb.metrics import ROWS
 from rulediff_nb.sample import load_pretrained
 from rulediff_nb.store import StoreError, load_tensors, save_release
@@ -62,6 +64,8 @@ def weights(tmp_path, monkeypatch):
     release(tmp_path/"weights")
     monkeypatch.setattr(cli, "WEIGHTS", tmp_path/"weights")
     monkeypatch.setattr(cli, "load_pretrained", functools.partial(load_pretrained, folder=tmp_path/"weights"))
+    monkeypatch.setattr(cli, "CLASSIFIER_WEIGHTS", tmp_path/"classifiers")
+    monkeypatch.setattr(cli, "load_classifier", functools.partial(load_classifier, folder=tmp_path/"classifiers"))
     return tmp_path/"weights"
 
 
@@ -118,6 +122,38 @@ def test_demo(weights, tmp_path, capsys):
     assert [r["images"] for r in rows] == ["floor", "model", "chance"] and {r["schema"] for r in rows} == {str(SCHEMA)}
     for r in rows:
         for k in SHOWN: assert not r[k] or np.isfinite(float(r[k])), "no NaN in a stored table"
+
+
+def test_demo_has_a_guided_row_where_a_classifier_is_shipped(weights, tmp_path, capsys):
+    clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8)
+    save_release(tmp_path/"classifiers", "two_squares-pure-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict()))
+    for scale, want in ((2, ["floor", "model", "guided", "chance"]), (0, ["floor", "model", "chance"])):
+        status, *_ = run(capsys, "demo", "--n", 16, "--steps", 2, "--scale", scale, "--out", tmp_path/"d")
+        rows = list(csv.DictReader((tmp_path/"d"/"demo.csv").open()))
+        assert status == 0 and [r["images"] for r in rows] == want
+    assert "finite" in fails(capsys, "demo", "--n", 16, "--steps", 2, "--scale", "inf", "--out", tmp_path/"e")
+
+
+def test_stored_tables(tmp_path, capsys):
+    (tmp_path/"guidance").mkdir()
+    names = cli.STORED["guidance"]
+    def line(seed, gap): return {k: "x" for k in names.keys} | {k: .5 for k in names.names} | dict(rule_gap=gap, scale=2., seed=seed)
+    (tmp_path/"guidance"/"table.csv").write_text(csv_text([line(1, .1), line(2, .3)]))
+    for args in ((), ("--table", "guidance")):
+        status, out, _ = run(capsys, "report", *args, "--results", tmp_path)
+        assert status == 0 and "0.200 [0.100, 0.300]" in out and "make guidance" in out and "2 lines" in out
+    assert "known: guidance" in fails(capsys, "report", "--table", "none", "--results", tmp_path)
+    assert "no table" in fails(capsys, "report", "--table", "sampling", "--results", tmp_path)
+    assert "not both" in fails(capsys, "report", "--table", "guidance", "--task", "two_squares", "--results", tmp_path)
+    assert "--task" in fails(capsys, "report", "--results", tmp_path/"nothing")
+
+
+@pytest.mark.parametrize("name", cli.STORED)
+def test_every_stored_table_can_be_printed(name, capsys):
+    status, out, _ = run(capsys, "report", "--table", name)
+    assert status == 0 and cli.STORED[name].command in out
+    target = cli.STORED[name].command.removeprefix("make ")
+    assert f"\n{target}:" in (ROOT/"Makefile").read_text()
 
 
 def test_demo_again_gives_the_same_table(weights, tmp_path, capsys):

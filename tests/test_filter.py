@@ -1,0 +1,93 @@
+"Filters keep exactly what their judge lets through, and count what it cost."
+import math
+
+import pytest
+import torch
+
+from rulediff_nb.classifier import pixel_classifier
+from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep
+from rulediff_nb.sample import sample
+from rulediff_nb.tasks import TASKS
+from rulediff_nb.unet import unet
+
+TASK = TASKS["two_squares"].with_(palette="pure")
+
+
+def net(): return unet("laptop", TASK, channels=(16, 16), attention=(False, False), head_dim=8).eval()
+def brightness(x): return x.mean((1, 2, 3))
+
+
+def test_keep_is_a_filter_over_the_samplers_own_rows():
+    m = net()
+    rows = sample(m, 24, 3, 0., 5)
+    least = brightness(rows).median().item()
+    k, want = keep(m, brightness, least, 8, 3, 0., 5), (brightness(rows) >= least).nonzero()[:8, 0]
+    assert torch.allclose(k.x, rows[want], atol=1e-4) and (brightness(k.x) >= least).all()
+    assert k.drawn == want[-1] + 1 and k.calls == 3*k.drawn/8
+    assert torch.allclose(keep(m, brightness, least, 3, 3, 0., 5).x, k.x[:3], atol=1e-4)   # fewer are the first of many
+
+
+def test_keep_takes_all_from_a_judge_that_lets_all_through():
+    m = net()
+    k = keep(m, lambda x: torch.zeros(len(x)), -1., 5, 3, 1., 2)
+    assert torch.equal(k.x, sample(m, 5, 3, 1., 2)) and k.drawn == 5 and k.calls == 3
+
+
+def test_new_images_are_drawn_each_time():
+    seen = []
+    keep(net(), lambda x: (seen.append(x), torch.arange(len(x)) == 0)[1].float(), 1., 4, 2, 0., 1)
+    flat = torch.cat(seen).flatten(1)
+    assert len(seen) == 4 and torch.cdist(flat, flat).add(1e9*torch.eye(len(flat))).min() > .01
+
+
+@pytest.mark.parametrize("score", [0., math.nan, -math.inf])
+def test_a_judge_that_lets_nothing_through_ends_with_a_count(score):
+    with pytest.raises(RuntimeError, match="0 of 8 images"): keep(net(), lambda x: torch.full((len(x),), score), .5, 4, 2, limit=2)
+
+
+def test_best_of_takes_the_best_of_each_group():
+    m = net()
+    b, rows = best_of(m, brightness, 3, 6, 3, 0., 5), sample(m, 18, 3, 0., 5)
+    want = rows[brightness(rows).view(6, 3).argmax(1) + 3*torch.arange(6)]
+    assert torch.equal(b.x, want) and b.drawn == 18 and b.calls == 9
+    assert torch.equal(best_of(m, brightness, 1, 6, 3, 0., 5).x, sample(m, 6, 3, 0., 5))
+
+
+def test_a_score_that_is_no_number_is_not_the_best():
+    b = best_of(net(), lambda x: torch.tensor([math.nan, 1.]*2), 2, 2, 2, 0., 1)
+    assert torch.equal(b.x, sample(net(), 4, 2, 0., 1)[1::2])
+
+
+@pytest.mark.parametrize("judge,error,said", [
+    (by_ruler("two_circles"), ValueError, "two_circles"), (by_ruler(TASK.with_(palette="paper")), ValueError, "paper"),
+    (3, TypeError, "int")])
+def test_a_judge_of_another_world_is_refused(judge, error, said):
+    with pytest.raises(error, match=said): keep(net(), judge, -1.)
+    with pytest.raises(error, match=said): best_of(net(), judge)
+
+
+def test_the_verdict_is_the_study_s_filter():
+    clf, x = pixel_classifier("resnet8"), TASK.sample(40, 0)[0]
+    clf.train()
+    p = by_classifier(clf)(x)
+    assert not clf.training and torch.equal(by_verdict(clf)(x), (clf(x).argmax(1) == 1).float()) and (by_verdict(clf)(x)[p > .5] == 1).all()
+
+
+def test_the_rulers_scores():
+    on, off, flip = (TASK.sample(8, 0, violate=v, margin=1/16)[0] for v in (None, "up", "coarse"))
+    judge = by_ruler(TASK)
+    assert (judge(on) > -.01).all() and (judge(off) < -.02).all() and (judge(flip) == -math.inf).all()
+    assert (judge(torch.ones(2, 3, 32, 32)) == -math.inf).all()
+
+
+def test_the_classifiers_scores():
+    net, x = pixel_classifier("small_conv").eval(), TASK.sample(5, 0)[0]
+    p = by_classifier(net, 2)(x)
+    assert torch.allclose(p, net(x).softmax(1)[:, 2]) and not p.requires_grad
+
+
+@pytest.mark.parametrize("kw,error", [(dict(n=0), ValueError), (dict(n=1.5), TypeError), (dict(steps=0), ValueError),
+                                      (dict(eta=2.), ValueError)])
+def test_what_cannot_be_is_refused(kw, error):
+    with pytest.raises(error): keep(net(), brightness, -9., **kw)
+    with pytest.raises(error): best_of(net(), brightness, **kw)

@@ -1,0 +1,234 @@
+"Guided models are models: exact in their formula, harmless at scale 0, finite at any scale, refused where they cannot be right."
+import copy
+import math
+
+import pytest
+import torch
+
+from rulediff_nb.classifier import classifier
+from rulediff_nb.core import row_noise
+from rulediff_nb.guide import (
+    FARTHEST,
+    AtClean,
+    Aside,
+    GuidedPipeline,
+    Oracle,
+    Pull,
+    Regressed,
+    Towards,
+    as_mean_shift,
+    classifier_free,
+    guided,
+    interval_scale,
+    last_scale,
+    rising_scale,
+)
+from rulediff_nb.sample import ddim, sample
+from rulediff_nb.schedule import add_noise, solve
+from rulediff_nb.tasks import TASKS
+from rulediff_nb.unet import unet
+
+SMALL = dict(channels=(16, 16), attention=(False, False), head_dim=8)
+TASK = TASKS["two_squares"].with_(palette="pure")
+
+
+class Fixed(Pull):
+    "A gradient that is known."
+    def __init__(self, g):
+        super().__init__()
+        self.g = g
+
+    def forward(self, model, xt, t): return self.g.expand_as(xt)
+
+
+def net(prediction="v_prediction", seed=0, **kw):
+    m = unet("laptop", TASK, seed, prediction=prediction, contrast=.3*(prediction == "v_prediction"), **SMALL, **kw).eval()
+    with torch.no_grad():
+        for i, p in enumerate(m.parameters()): p += .05*row_noise(i, [seed], p.shape)[0]
+    return m
+
+
+def clf(**kw): return classifier("laptop", TASK, 0, channels=(8, 8), attention=(False, False), width=8, **kw).eval()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("scale", [.5, -3.])
+def test_the_noise_moves_by_the_formula(prediction, scale):
+    "eps' = eps - scale*sqrt(1-abar)*g, whatever the model predicts."
+    m, g, t = net(prediction), 1e-3*row_noise(1, [0], (3, 32, 32)), torch.tensor([5, 300, 700])
+    xt = row_noise(2, range(3), (3, 32, 32))
+    with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, prediction) for k in (m, guided(m, Fixed(g), scale)))
+    n = (1 - m.abar[t]).sqrt().view(-1, 1, 1, 1)
+    assert torch.allclose(b.eps - a.eps, -scale*n*g, atol=1e-4)
+
+
+def test_scale_0_is_the_model_itself():
+    m = net()
+    assert guided(m, clf(), 0) is m and guided(m, clf(), 0.) is m
+    x, t = row_noise(0, range(2), (3, 32, 32)), torch.tensor([10, 500])
+    with torch.no_grad(): assert torch.equal(guided(m, clf(), lambda t: torch.zeros(len(t))).predict(x, t), m.predict(x, t))
+
+
+def test_guidance_leaves_the_model_alone():
+    m, c = net(), clf()
+    before, state = copy.deepcopy(m.state_dict()), torch.get_rng_state()
+    for pull in (c, AtClean(c), Oracle(TASK)): sample(guided(m, pull, 2.), 2, 3)
+    assert all(torch.equal(v, m.state_dict()[k]) for k, v in before.items()) and torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None and p.requires_grad for p in (*m.parameters(), *c.parameters())) and not m.training and not c.training
+    m.train()
+    assert guided(m, c, 2.).training and m.training
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e6, 1e30, 1e300, -1e30])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_no_nan_at_any_finite_scale(scale, prediction):
+    assert sample(guided(net(prediction, betas="linear"), clf(betas="linear"), scale), 2, 6).isfinite().all()
+
+
+def test_no_pixel_moves_farther_than_the_range_is_wide():
+    m, t = net(), torch.tensor([400])
+    xt = row_noise(2, [0], (3, 32, 32))
+    with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, "v_prediction").x0 for k in (m, guided(m, Fixed(xt), 1e9)))
+    assert abs((b - a).abs().max().item() - FARTHEST) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    with pytest.raises(ValueError, match="finite"): guided(net(), clf(), scale)
+    with pytest.raises(ValueError, match="finite"): sample(guided(net(), clf(), lambda t: torch.full(t.shape, scale)), 1, 2)
+
+
+@pytest.mark.parametrize("change,said", [
+    (dict(betas="linear"), "schedule: linear"), (dict(T=500), "schedule: cosine, T=500"),
+    (dict(task=TASKS["two_circles"].spec()), "two_circles"),
+    (dict(task=TASK.with_(palette="paper").spec()), r"\(paper\)"), (dict(task=TASK.with_(size=16).spec()), "size: 16")])
+def test_a_classifier_of_something_else_is_refused_by_name(change, said):
+    task = change.pop("task", TASK.spec())
+    from rulediff_nb.tasks import get_task
+    other = classifier("laptop", get_task(**task), 0, channels=(8, 8), attention=(False, False), width=8, **change)
+    for pull in (other, AtClean(other), Aside(Towards(other))):
+        with pytest.raises(ValueError, match=said): guided(net(), pull, 1.)
+
+
+@pytest.mark.parametrize("call,error,said", [
+    (lambda: Towards(clf(), 3), ValueError, r"\[0,3\)"), (lambda: Towards(clf(), -1), ValueError, r"\[0,3\)"),
+    (lambda: Towards(clf(), 1.), TypeError, "label"), (lambda: Regressed(clf()), ValueError, "classifier"),
+    (lambda: Towards(clf(classes=0, conditions=1)), ValueError, "regressor"),
+    (lambda: guided(torch.nn.Linear(2, 2), clf()), TypeError, "recipe"),
+    (lambda: guided(net(), lambda x: x), TypeError, "Pull"), (lambda: classifier_free(net()), ValueError, "without class labels"),
+    (lambda: classifier_free(net(classes=3), 3), ValueError, r"\[0,3\)"),
+    (lambda: classifier_free(net(classes=3), 1, math.nan), ValueError, "finite"),
+    (lambda: last_scale(1., 0), ValueError, "levels"), (lambda: rising_scale(1., power=-1), ValueError, "power"),
+    (lambda: interval_scale(1., 2., 1., net().recipe), ValueError, "interval"), (lambda: Oracle(TASK, 0.), ValueError, "spread"),
+    (lambda: sample(guided(net(), clf(), 1.), 1, -1), ValueError, "steps")])
+def test_what_cannot_be_is_refused(call, error, said):
+    with pytest.raises(error, match=said): call()
+
+
+@pytest.mark.parametrize("world", [TASKS["two_circles"], TASK.with_(palette="paper"), TASK.with_(size=16)])
+def test_an_oracle_of_another_world_is_refused(world):
+    with pytest.raises(ValueError, match="Oracle was made for another"): guided(net(), Oracle(world), 1.)
+
+
+def test_half_precision_and_labels():
+    m, c, x, t = net(classes=3), clf(), row_noise(0, range(2), (3, 32, 32)), torch.tensor([2, 500])
+    y = torch.tensor([0, 2])
+    with torch.no_grad():
+        full = [guided(m, p, .5).predict(x, t, y) for p in (c, AtClean(c))]
+        half = [guided(m, p, .5).bfloat16().predict(x.bfloat16(), t, y) for p in (c, AtClean(c))]
+    for a, b in zip(full, half): assert b.dtype == torch.bfloat16 and b.isfinite().all() and (a - b.float()).abs().median() < .05
+
+
+def test_the_classifier_is_climbed():
+    "A small step along the pull raises the log probability by about its squared length."
+    c, x, t = clf(), row_noise(3, range(4), (3, 32, 32)), torch.tensor([5, 100, 400, 900])
+    g = Towards(c, 2)(None, x, t)
+    def log_p(v): return c(v, t).log_softmax(1)[:, 2]
+    with torch.no_grad(): gain = log_p(x + 1e-2*g) - log_p(x)
+    assert torch.allclose(gain, 1e-2*g.flatten(1).square().sum(1), rtol=.05, atol=1e-6)
+
+
+def test_oracle_reduces_the_rule_error():
+    m, t = net(), torch.full((8,), 100)
+    class Known(torch.nn.Module):
+        "Answers with given images."
+        recipe, abar = m.recipe, m.abar
+        def predict(self, xt, t):
+            s, n = m.abar[t].sqrt().view(-1, 1, 1, 1), (1 - m.abar[t]).sqrt().view(-1, 1, 1, 1)
+            return (s*xt - (self.x0 + 1e-2*(xt - xt.detach())))/n    # depends on xt, so that there is a gradient
+    known, x0 = Known(), TASK.sample(8, 0, violate="up", margin=1/32)[0]
+    known.x0 = x0
+    g = Oracle(TASK)(known, add_noise(x0, t, row_noise(0, range(8), (3, 32, 32)), m.abar), t)
+    def error(x):
+        a, b = TASK.sides(TASK.features(x.clamp(-1, 1)))
+        return (b/a).log().abs()
+    assert (error(x0 + .1*g/g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)) < error(x0)).float().mean() > .8
+
+
+def test_oracle_is_silent_where_it_cannot_read():
+    x = row_noise(0, range(3), (3, 32, 32))
+    assert not Oracle(TASK)(net(), x, torch.full((3,), 990)).any()
+
+
+def test_guided_models_compose():
+    m, t, x = net(), torch.tensor([300]), row_noise(0, [0], (3, 32, 32))
+    g, h = (1e-3*row_noise(k, [0], (3, 32, 32)) for k in (1, 2))
+    with torch.no_grad(): a, b = (k.predict(x, t) for k in (guided(guided(m, Fixed(g), 2.), Fixed(h), 3.), guided(m, Fixed(2*g + 3*h), 1.)))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("w,at", [(rising_scale(2.), (2 + 3*.999, 2 + 3*.001)), (rising_scale(2., 3., 2), (2 + 3*.999**2, 2 + 3*.001**2)),
+                                  (last_scale(5.), (5*19/20, 0.))])
+def test_courses(w, at):
+    assert torch.allclose(w(torch.tensor([1, 999])), torch.tensor(at, dtype=torch.float64))
+
+
+def test_an_interval_of_noise():
+    m = net()
+    w, sigma = interval_scale(2., .5, 2., m.recipe)(torch.arange(1000)), ((1 - m.abar)/m.abar).sqrt()
+    assert torch.equal(w != 0, (sigma >= .5) & (sigma < 2.)) and w.max() == 2.
+
+
+@pytest.mark.parametrize("levels", [None, [19, 39, 499, 999]])
+def test_mean_shift_scale(levels):
+    "w*Sigma_t over the shift of the epsilon form, beta_t/sqrt(alpha_t), between neighbours among the sampler's levels."
+    r = net().recipe
+    abar = r.schedule().alphas_cumprod.double()
+    for t, down in ((7, 6), (400, 399)) if levels is None else ((39, 19), (999, 499)):
+        alpha = abar[t]/abar[down]
+        want = 3*(1 - alpha)*(1 - abar[down])/(1 - abar[t])/((1 - alpha)/alpha.sqrt())
+        assert torch.allclose(as_mean_shift(3., r, levels)(torch.tensor([t])), want)
+    assert as_mean_shift(3., r, levels)(torch.tensor([0 if levels is None else 19])) == 0   # the last step has no variance
+
+
+def test_classifier_free():
+    m, t, x = net(classes=3), torch.tensor([200, 800]), row_noise(0, range(2), (3, 32, 32))
+    with torch.no_grad():
+        none, given = m.predict(x, t), m.predict(x, t, torch.tensor([2, 2]))
+        for w in (0., 1., 4.): assert torch.allclose(classifier_free(m, 2, w).predict(x, t), none + w*(given - none), atol=1e-5)
+    assert (none - given).abs().max() > 1e-4 and sample(classifier_free(m), 2, 3).shape == (2, 3, 32, 32)
+
+
+def test_aside_is_the_same_pull_in_other_places():
+    c, x, t = clf(), row_noise(0, range(2), (3, 32, 32)), torch.tensor([100, 700])
+    g, e = Towards(c)(None, x, t), Aside(Towards(c))(None, x, t)
+    assert torch.equal(g.flatten(1).sort().values, e.flatten(1).sort().values)
+    assert torch.allclose(Aside(Towards(c))(None, x[1:], t[1:]), e[1:], atol=1e-6)         # whatever stands beside it
+    assert abs((g*e).sum()/(g*g).sum()) < .2 and not torch.equal(e, Aside(Towards(c), 1)(None, x, t))
+
+
+def test_rows_do_not_depend_on_the_batch():
+    m = guided(net(), clf(), 3.)
+    assert torch.allclose(sample(m, 5, 4, 1., 3, batch=2), sample(m, 5, 4, 1., 3, batch=5), atol=1e-3)
+
+
+def test_pipeline_in_a_folder(tmp_path):
+    pipe = GuidedPipeline(net(), clf(), ddim(net().recipe))
+    pipe.save_pretrained(tmp_path)
+    again = GuidedPipeline.from_pretrained(tmp_path)
+    a, b = (p(2, 3, 2., output_type="pt").images for p in (pipe, again))
+    assert torch.equal(a, b) and a.shape == (2, 3, 32, 32) and 0 <= a.min() and a.max() <= 1 and not list(tmp_path.rglob("*.bin"))
+    assert pipe(2, 3, output_type="np").images.shape == (2, 32, 32, 3) and len(pipe(2, 3).images) == 2
+    assert len(pipe(2, 3, return_dict=False)[0]) == 2
+    with pytest.raises(ValueError, match="output_type"): pipe(output_type="jpg")
+    with pytest.raises(ValueError, match="schedule"): GuidedPipeline(net(betas="linear"), clf(), ddim(net().recipe))
