@@ -83,8 +83,9 @@ class Guided(nn.Module):
         y:Tensor|None=None, # labels for a model that takes them
     )->Tensor:     # like `xt`, in the model's prediction type
         "The model's answer and the pull."
-        t = torch.as_tensor(t, device=xt.device).long().expand(len(xt))
-        got, w = self.model.predict(xt, t, *() if y is None else (y,)), self.scales(t.cpu())
+        t = torch.as_tensor(t, device=xt.device).expand(len(xt))
+        got, t = self.model.predict(xt, t, *() if y is None else (y,)), t.long()
+        w = self.scales(t.cpu())
         if not w.any(): return got
         s, n = amplitudes(t.cpu(), self.abar.double())
         step = (_by_row(w)*n*n/s).clamp(-1e30, 1e30).to(got.device, torch.float32)   # in x0_hat, per unit of gradient
@@ -183,7 +184,7 @@ def guided(
         if isinstance(m, RuleClassifier) or hasattr(m, 'task'): _same_world(model, m)
     return model if not callable(scale) and scale == 0 else Guided(model, clf, scale)
 
-# %% ../nbs/13_guide.ipynb #6a3f3227
+# %% ../nbs/13_guide.ipynb #9afd4bea
 def as_mean_shift(
     scale:float,   # w of the mean's form
     recipe:Recipe, # of the model
@@ -198,7 +199,7 @@ def as_mean_shift(
     by_level = torch.zeros(recipe.T, dtype=abar.dtype).index_copy(0, at, scale*variance*alpha.sqrt()/(1 - alpha))
     return lambda t: by_level[t]
 
-# %% ../nbs/13_guide.ipynb #cb9a50b0
+# %% ../nbs/13_guide.ipynb #1298818d
 def rising_scale(
     scale:float,   # at the first step
     extra:float=3., # more at the last
@@ -231,7 +232,7 @@ def interval_scale(
         return torch.where((low <= v) & (v < high), scale(t) if callable(scale) else torch.full_like(v, scale), 0.)
     return scales
 
-# %% ../nbs/13_guide.ipynb #b981f6ac
+# %% ../nbs/13_guide.ipynb #584a3632
 def _x0_hat(
     model:nn.Module, # has `recipe` and `predict`
     xt:Tensor,       # (n,3,s,s)
@@ -299,7 +300,7 @@ class Oracle(Pull):
             variance = self.spread**2 + (1 - model.abar[t].to(r))*slope.flatten(1).square().sum(1)
             return _or_0(torch.autograd.grad(x0, x, -_by_row(r/variance)*slope)[0])
 
-# %% ../nbs/13_guide.ipynb #bcededff
+# %% ../nbs/13_guide.ipynb #9301b68c
 class Aside(Pull):
     "As much pull as another's, its pixels in another order, the same for all rows and levels: a control."
     def __init__(self,
@@ -319,7 +320,7 @@ class Aside(Pull):
         order = torch.from_numpy(row_generator(self.seed, 0, stream=5050).permutation(g[0].numel())).to(g.device)
         return g.flatten(1)[:, order].view_as(g)
 
-# %% ../nbs/13_guide.ipynb #ef892dd4
+# %% ../nbs/13_guide.ipynb #6e9c4fe5
 class ClassFree(nn.Module):
     "A class-conditional model, its answer pushed away from the one without a label (Ho and Salimans 2022)."
     def __init__(self,
@@ -361,7 +362,7 @@ def classifier_free(
     if not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
     return ClassFree(model, label, scale)
 
-# %% ../nbs/13_guide.ipynb #c72946de
+# %% ../nbs/13_guide.ipynb #c36972b2
 class GuidedPipeline(DiffusionPipeline):
     "A model with its guidance classifier, as diffusers keeps pipelines: `save_pretrained`, `from_pretrained`, `push_to_hub`."
     def __init__(self,

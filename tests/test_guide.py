@@ -2,6 +2,7 @@
 import copy
 import math
 
+import diffusers
 import pytest
 import torch
 
@@ -215,6 +216,34 @@ def test_aside_is_the_same_pull_in_other_places():
     assert torch.equal(g.flatten(1).sort().values, e.flatten(1).sort().values)
     assert torch.allclose(Aside(Towards(c))(None, x[1:], t[1:]), e[1:], atol=1e-6)         # whatever stands beside it
     assert abs((g*e).sum()/(g*g).sum()) < .2 and not torch.equal(e, Aside(Towards(c), 1)(None, x, t))
+
+
+class Grey(torch.nn.Module):
+    "The exact denoiser of pixels that are normal around 0 with deviation .3."
+    def __init__(self):
+        super().__init__()
+        self.net, self.recipe, self.abar = torch.nn.Linear(1, 1), net(betas="linear").recipe, net(betas="linear").abar
+
+    def predict(self, xt, t):
+        s, n = (v.view(-1, 1, 1, 1) for v in (self.abar[t.long()].sqrt(), (1 - self.abar[t.long()]).sqrt()))
+        x0 = s*.09/(s*s*.09 + n*n)*xt
+        return s*(xt - s*x0)/n - n*x0
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "PNDM",
+                                  "EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "SASolver"])
+def test_every_scheduler_takes_a_guided_model(name):
+    m = Grey()
+    def draw(model):
+        s = getattr(diffusers, f"{name}Scheduler").from_config(m.recipe.schedule().config, timestep_spacing="trailing")
+        return sample(model, 2, 20, scheduler=s)
+    plain, silent, pulled = draw(m), draw(guided(m, Fixed(torch.zeros(1)), 1.)), draw(guided(m, Fixed(torch.ones(1)), 1.))
+    assert torch.equal(plain, silent) and pulled.isfinite().all() and pulled.mean() > plain.mean() + .03
+
+
+def test_a_scheduler_that_cannot_be_served_is_refused_by_name():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        sample(guided(net(), clf(), 1.), 1, 3, scheduler=diffusers.FlowMatchEulerDiscreteScheduler())
 
 
 def test_rows_do_not_depend_on_the_batch():
