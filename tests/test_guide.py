@@ -9,7 +9,6 @@ import torch
 from rulediff_nb.classifier import classifier
 from rulediff_nb.core import row_noise
 from rulediff_nb.guide import (
-    FARTHEST,
     AtClean,
     Aside,
     GuidedPipeline,
@@ -58,7 +57,7 @@ def test_the_noise_moves_by_the_formula(prediction, scale):
     "eps' = eps - scale*sqrt(1-abar)*g, whatever the model predicts."
     m, g, t = net(prediction), 1e-3*row_noise(1, [0], (3, 32, 32)), torch.tensor([5, 300, 700])
     xt = row_noise(2, range(3), (3, 32, 32))
-    with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, prediction) for k in (m, guided(m, Fixed(g), scale)))
+    with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, prediction) for k in (m, guided(m, Fixed(g), scale, clip=False)))
     n = (1 - m.abar[t]).sqrt().view(-1, 1, 1, 1)
     assert torch.allclose(b.eps - a.eps, -scale*n*g, atol=1e-4)
 
@@ -83,14 +82,18 @@ def test_guidance_leaves_the_model_alone():
 @pytest.mark.parametrize("scale", [1e-30, 1e6, 1e30, 1e300, -1e30])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_no_nan_at_any_finite_scale(scale, prediction):
-    assert sample(guided(net(prediction, betas="linear"), clf(betas="linear"), scale), 2, 6).isfinite().all()
+    for clip in (True, False):
+        assert sample(guided(net(prediction, betas="linear"), clf(betas="linear"), scale, clip), 2, 6).isfinite().all()
 
 
-def test_no_pixel_moves_farther_than_the_range_is_wide():
-    m, t = net(), torch.tensor([400])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_no_pixel_is_pulled_out_of_its_range(prediction):
+    m, t = net(prediction), torch.tensor([400])
     xt = row_noise(2, [0], (3, 32, 32))
-    with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, "v_prediction").x0 for k in (m, guided(m, Fixed(xt), 1e9)))
-    assert abs((b - a).abs().max().item() - FARTHEST) < 1e-3
+    with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, prediction).x0 for k in (m, guided(m, Fixed(xt), 1e9)))
+    assert torch.allclose(b, torch.where(xt > 0, a.clamp(min=1), a.clamp(max=-1)), atol=1e-4)
+    with torch.no_grad(): c = solve(xt, guided(m, Fixed(xt), 1e-3).predict(xt, t), t, m.abar, prediction).x0
+    assert (((c - a).sign() == xt.sign()) | (a.abs() >= 1)).float().mean() > .99
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
@@ -174,7 +177,9 @@ def test_oracle_is_silent_where_it_cannot_read():
 def test_guided_models_compose():
     m, t, x = net(), torch.tensor([300]), row_noise(0, [0], (3, 32, 32))
     g, h = (1e-3*row_noise(k, [0], (3, 32, 32)) for k in (1, 2))
-    with torch.no_grad(): a, b = (k.predict(x, t) for k in (guided(guided(m, Fixed(g), 2.), Fixed(h), 3.), guided(m, Fixed(2*g + 3*h), 1.)))
+    with torch.no_grad(): a, b = (k.predict(x, t)
+                                for k in (guided(guided(m, Fixed(g), 2., False), Fixed(h), 3., False),
+                                                              guided(m, Fixed(2*g + 3*h), 1., False)))
     assert torch.allclose(a, b, atol=1e-5)
 
 
