@@ -54,7 +54,28 @@ def _by_row(
     "Numbers of rows, to be multiplied with images."
     return v.view(-1, 1, 1, 1)
 
+def _or_0(
+    g:Tensor, # (n,3,s,s)
+)->Tensor:    # like `g`
+    "Rows with anything that is not finite become 0."
+    return torch.where(_by_row(g.flatten(1).isfinite().all(1)), g, 0)
+
 _MOVED = dict(epsilon=lambda m, s, n: -s/n*m, v_prediction=lambda m, s, n: -m/n, sample=lambda m, s, n: m)
+
+def _moved(
+    model:nn.Module, # has `recipe`, `abar` and `clip`
+    xt:Tensor,       # (n,3,s,s)
+    t:Tensor,        # (n,) int64 levels
+    answer:Tensor,   # (n,3,s,s) what is to be changed, in the model's prediction type
+    far:Tensor,      # (n,3,s,s) float32, how far x0_hat shall move
+)->Tensor:           # like `answer`
+    "Move x0_hat, within [-1,1] or where it was if that is outside; without `clip` by FARTHEST at most."
+    far = far.clamp(-FARTHEST, FARTHEST)
+    if model.clip:
+        x0 = solve(xt.float(), answer.float(), t, model.abar.to(xt.device), model.recipe.prediction).x0
+        far = far.clamp(x0.clamp(max=-1) - x0, x0.clamp(min=1) - x0)
+    s, n = (v.to(far) for v in amplitudes(t.cpu(), model.abar.cpu().double()))
+    return answer + _MOVED[model.recipe.prediction](far, s, n).to(answer)
 
 class Guided(nn.Module):
     "A model whose answers are pulled; used like any model."
@@ -73,7 +94,7 @@ class Guided(nn.Module):
         t:Tensor, # (n,) levels, on the CPU
     )->Tensor:    # (n,) float64 scales; 0 where nothing may be guided
         "How much each row is pulled; ValueError for a scale that is not finite."
-        w = self.scale(t).double() if callable(self.scale) else torch.full(t.shape, float(self.scale), dtype=torch.float64)
+        w = torch.as_tensor(self.scale(t) if callable(self.scale) else self.scale, dtype=torch.float64).expand(t.shape)
         bad = ~w.isfinite()
         if bad.any(): raise ValueError(f"scale must be finite, got {w[bad][0].item()} at t={t[bad][0].item()}")
         return torch.where(snr(self.abar[t]) > NOISIEST**-2, w, 0)
@@ -88,23 +109,21 @@ class Guided(nn.Module):
         got, t = self.model.predict(xt, t, *() if y is None else (y,)), t.long()
         w = self.scales(t.cpu())
         if not w.any(): return got
-        g = self.pull(self.model if y is None else _Told(self.model, y), xt, t).float()
+        g = _or_0(self.pull(self.model if y is None else _Told(self.model, y), xt, t).float())
         s, n = amplitudes(t.cpu(), self.abar.double())
-        step, s, n = (v.clamp(-1e30, 1e30).to(g) for v in (_by_row(w)*n*n/s, s, n))
-        far = torch.where(g == 0, 0, step*g).clamp(-FARTHEST, FARTHEST)   # in x0_hat
-        if self.clip:
-            x0 = solve(xt.float(), got.float(), t, self.abar, self.recipe.prediction).x0
-            far = far.clamp(x0.clamp(max=-1) - x0, x0.clamp(min=1) - x0)
-        change = _MOVED[self.recipe.prediction](far, s, n)
-        return torch.where(_by_row(w != 0).to(got.device), got + change.to(got), got)
+        step = (_by_row(w)*n*n/s).clamp(-1e30, 1e30).to(g)
+        far = torch.where(g == 0, 0, step*g)   # in x0_hat
+        return torch.where(_by_row(w != 0).to(got.device), _moved(self, xt, t, got, far), got)
 
     def forward(self,
         sample:Tensor,             # (n,3,s,s): xt
         timestep:Tensor|float|int, # (n,) or one number in [0,T)
         class_labels:Tensor|None=None, # for a model that takes them
+        return_dict:bool=True,     # False: a tuple, as diffusers' pipelines may ask
     )->UNet2DOutput:               # `.sample` like `sample`
         "Called as diffusers calls a network."
-        return UNet2DOutput(sample=self.predict(sample, timestep, class_labels))
+        x = self.predict(sample, timestep, class_labels)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
 
 # %% ../nbs/13_guide.ipynb #0c35c2b8
 def _check_label(
@@ -153,7 +172,8 @@ class Regressed(Pull):
         with torch.enable_grad():
             x = xt.detach().float().requires_grad_()
             mean, log_var = self.reg(x.to(self.reg.dtype), t).chunk(2, 1)
-            return torch.autograd.grad((-.5*mean.square()/log_var.exp().detach()).sum(), x)[0]
+            variance = log_var.detach().exp().clamp(min=1e-6)   # as low as the likelihood let it go in training
+            return torch.autograd.grad((-.5*mean.square()/variance).sum(), x)[0]
 
 def _check_model(
     model:nn.Module, # what the caller gave
@@ -196,7 +216,7 @@ def as_mean_shift(
     levels:Sequence[int]|None=None, # the sampler's noise levels, such as `scheduler.timesteps`; None: all
 )->Callable[[Tensor],Tensor]: # (n,) levels -> (n,) scales of the epsilon form
     "Scales with which the epsilon form shifts the ancestral step's mean by w*Sigma_t*grad (Dhariwal and Nichol 2021, algorithm 1)."
-    at = torch.arange(recipe.T) if levels is None else torch.as_tensor(levels).sort().values
+    at = torch.arange(recipe.T) if levels is None else torch.as_tensor(levels).long().unique()
     abar = recipe.schedule().alphas_cumprod.double()[at]
     before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])   # the next level on the way down; at last none
     alpha = abar/before
@@ -232,10 +252,9 @@ def interval_scale(
     "Guide only where the noise lies between two amounts (Kynkäänniemi et al. 2024); ValueError for an interval that holds nothing."
     if not 0 <= low < high: raise ValueError(f"an interval needs 0 <= low < high, got {low} and {high}")
     sigma = (1/snr(recipe.schedule().alphas_cumprod.double())).sqrt()
-    def scales(t):
-        v = sigma[t]
-        return torch.where((low <= v) & (v < high), scale(t) if callable(scale) else torch.full_like(v, scale), 0.)
-    return scales
+    inside = (low <= sigma) & (sigma < high)
+    if not inside.any(): raise ValueError(f"no level lies in [{low:g},{high:g}): sigma goes from {sigma.min():.3g} to {sigma.max():.3g}")
+    return lambda t: torch.where(inside[t], torch.as_tensor(scale(t) if callable(scale) else scale, dtype=torch.float64), 0.)
 
 # %% ../nbs/13_guide.ipynb #584a3632
 def _x0_hat(
@@ -246,12 +265,6 @@ def _x0_hat(
     "Guess the clean image so that it can be differentiated."
     x = xt.detach().float().requires_grad_()
     return x, solve(x, model.predict(x.to(xt.dtype), t).float(), t, model.abar.float(), model.recipe.prediction).x0
-
-def _or_0(
-    g:Tensor, # (n,3,s,s)
-)->Tensor:    # like `g`
-    "Rows with anything that is not finite become 0."
-    return torch.where(_by_row(g.flatten(1).isfinite().all(1)), g, 0)
 
 class AtClean(Pull):
     "Ask a classifier about x0_hat instead of xt, as about a clean image (Bansal et al. 2023)."
@@ -302,7 +315,7 @@ class Oracle(Pull):
         with torch.enable_grad():
             x, x0 = _x0_hat(model, xt, t)
             r, slope = self.read(x0.clamp(-1, 1))
-            variance = self.spread**2 + (1 - model.abar[t].to(r))*slope.flatten(1).square().sum(1)
+            variance = self.spread**2 + (1 - model.abar[t.to(model.abar.device)].to(r))*slope.flatten(1).square().sum(1)
             return _or_0(torch.autograd.grad(x0, x, -_by_row(r/variance)*slope)[0])
 
 # %% ../nbs/13_guide.ipynb #9301b68c
@@ -331,41 +344,52 @@ class ClassFree(nn.Module):
     def __init__(self,
         model:nn.Module, # trained with labels, some hidden
         label:int,       # the class to draw
-        scale:float,     # 0: without label, 1: with it, more: beyond
+        scale:float|Callable[[Tensor],Tensor], # 0: without label, 1: with it, more: beyond; a number, or (n,) levels -> (n,) numbers
+        clip:bool=True,  # no pixel of x0_hat is pushed out of [-1,1]
     ):
         super().__init__()
-        self.model, self.label, self.scale, self.recipe, self.abar = model, label, scale, replace(model.recipe, classes=0), model.abar
+        self.model, self.label, self.scale, self.clip = model, label, scale, clip
+        self.recipe, self.abar = replace(model.recipe, classes=0), model.recipe.schedule().alphas_cumprod
         self.train(model.training)
+
+    scales = Guided.scales
 
     def predict(self,
         xt:Tensor, # (n,3,s,s)
         t:Tensor,  # (n,) in [0,T), or one for all
     )->Tensor:     # like `xt`
-        "Both answers in one call, and the difference times the scale."
+        "Both answers in one call; x0_hat goes from the one without label towards the one with it, `scale` times as far."
         n, t = len(xt), torch.as_tensor(t, device=xt.device).expand(len(xt))
         y = torch.tensor([-1, self.label], device=xt.device).repeat_interleave(n)
         none, given = self.model.predict(torch.cat([xt, xt]), torch.cat([t, t]), y).chunk(2)
-        return none + self.scale*(given - none)
+        w, pred, t = _by_row(self.scales(t.cpu())).to(xt.device, torch.float32), self.recipe.prediction, t.long()
+        a, b = (solve(xt.float(), v.float(), t, self.abar.to(xt.device), pred).x0 for v in (none, given))
+        return _moved(self, xt, t, none, torch.where(a == b, 0, w*(b - a)))
 
     def forward(self,
         sample:Tensor,             # (n,3,s,s): xt
         timestep:Tensor|float|int, # (n,) or one number in [0,T)
         class_labels:None=None,    # none: the label is chosen
+        return_dict:bool=True,     # False: a tuple
     )->UNet2DOutput:               # `.sample` like `sample`
-        "Called as diffusers calls a network."
-        return UNet2DOutput(sample=self.predict(sample, timestep))
+        "Called as diffusers calls a network; ValueError for labels."
+        if class_labels is not None: raise ValueError(f"the label is chosen already: {self.label}")
+        x = self.predict(sample, timestep)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
 
 def classifier_free(
     model:nn.Module, # trained with class labels, some of them hidden
     label:int=ON,    # the class to draw
-    scale:float=2.,  # 0: without label, 1: with it, more: beyond
+    scale:float|Callable[[Tensor],Tensor]=2.,  # 0: without label, 1: with it, more: beyond
+    clip:bool=True,  # no pixel of x0_hat is pushed out of [-1,1]; False: the bare formula
 )->nn.Module:        # again a model, without labels
-    "Classifier-free guidance; ValueError for a model without labels, a label it does not know, or a scale that is not finite."
+    "Classifier-free guidance; ValueError for a model without labels or without hidden ones, an unknown label, a scale that is not finite."
     _check_model(model)
     if not model.recipe.classes: raise ValueError("this model was made without class labels")
+    if not model.recipe.label_drop: raise ValueError("this model never saw a hidden label (label_drop 0): it cannot do without")
     _check_label(label, model.recipe.classes)
-    if not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
-    return ClassFree(model, label, scale)
+    if not callable(scale) and not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
+    return ClassFree(model, label, scale, clip)
 
 # %% ../nbs/13_guide.ipynb #c36972b2
 class GuidedPipeline(DiffusionPipeline):
@@ -376,7 +400,7 @@ class GuidedPipeline(DiffusionPipeline):
         scheduler:SchedulerMixin,   # one that fits
     ):
         super().__init__()
-        _same_world(unet, classifier)
+        _same_world(unet, Towards(classifier).clf)   # a regressor is refused too
         self.register_modules(unet=unet, classifier=classifier, scheduler=scheduler)
 
     @torch.no_grad()

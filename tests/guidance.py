@@ -83,8 +83,8 @@ GUIDES = [
     *(Setting("classifier", v, w) for w in ("below_1", "middle", "high") for v in (2., 8.)),
     *(Setting("classifier", v, w) for w in ("rising", "rising_late") for v in (1., 3.)),
     *(Setting("classifier", v, "last_100") for v in (10., 1e4)),
-    *(Setting("classifier at x0_hat", v, "below_1") for v in (.3, 1., 4.)),
-    *(Setting("regressor", v, w) for w in ("all", "below_1") for v in (.1, .5, 2.)),
+    *(Setting("classifier at x0_hat", v, w) for v, w in ((1., "below_1"), (4., "below_1"), (16., "below_1"), (4., "all"))),
+    *(Setting("regressor", v, w) for v, w in ((.5, "all"), (2., "all"), (8., "all"), (32., "all"), (8., "below_1"))),
     *(Setting("oracle", v, w) for w in ("all", "below_1") for v in (.3, 1., 2.)),
     *(Setting("classifier-free", v) for v in (0., 1., 2., 4., 7.)),
     *(Setting(m, v) for m in ("classifier, 250 steps", "classifier, 4000 steps") for v in (2., 8.)),
@@ -159,9 +159,14 @@ def knows(pull):
     return (said == y).float().mean().item()
 
 
+def labelled_set(task):
+    "Scenes on the rule and off it by a pixel or less, and their kinds."
+    return contrastive(task, 1500, 0, max(m for m in margins_for(task) if m <= 1/32))
+
+
 def conditional(task):
-    "A model that is told the kind (a tenth of the labels hidden), as long trained as the shipped one, on scenes off by a pixel or less."
-    x, y = contrastive(task, 1500, 0, max(m for m in margins_for(task) if m <= 1/32))
+    "A model that is told the kind (a tenth of the labels hidden), as many steps trained as the shipped one, on `labelled_set`."
+    x, y = labelled_set(task)
     return kept(unet("laptop", task, 0, classes=3, label_drop=.1), f"{task.name}-{task.palette}-labelled", x, 3200, 0, y)
 
 
@@ -238,20 +243,25 @@ def lines(name, palette, s, n, seed):
     "One or more lines of a table: of a setting, or (None) of the unguided images and their filters."
     torch.set_num_threads(1)
     model = load_pretrained(name, palette)
-    train = model.recipe.world.sample(model.manifest["images_in_set"], model.manifest["set_seed"])[0]
-    out = []
+    task, out = model.recipe.world, []
+    if s and s.method == "classifier-free": train = labelled_set(task)[0]
+    else: train = task.sample(model.manifest["images_in_set"], model.manifest["set_seed"])[0]
     for one, x, cost in guided_line(model, s, n, seed) if s else pool_lines(model, n, seed):
-        with range_known(): report = rule_report(model.recipe.world, x, train=train)
+        with range_known(): report = rule_report(task, x, train=train)
         said = dict(task=name, palette=palette, **one._asdict(), seed=seed, images=n, steps=STEPS, **cost)
-        out.append(said | dict(weights=model.manifest["sha256"][:12]) | report_columns(report, COLUMNS))
+        out.append(said | dict(weights=model.manifest["sha256"][:12]) | report_columns(report, COLUMNS)
+                   | dict(coverage_real_high=report.rows["coverage"].more["real_high"]))
     return out
 
 
 def best(rows, task, palette):
-    "Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take the classifier's."
+    """Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take the classifier's.
+
+    Classifiers of other lengths of training are for the sweep alone.
+    """
     mine = [r for r in rows if (r["task"], r["palette"]) == (task, palette) and r["gradients"] + (r["method"] == "classifier-free")]
-    for method in dict.fromkeys(r["method"] for r in mine):
-        like = "classifier" if method.startswith(("shuffled", "classifier,")) else method
+    for method in dict.fromkeys(r["method"] for r in mine if not r["method"].startswith("classifier,")):
+        like = "classifier" if method.startswith("shuffled") else method
         r = min((r for r in mine if r["method"] == like), key=lambda r: r["rule_gap"], default=None)
         if r: yield Setting(method, r["scale"], r["when"])
 
