@@ -7,19 +7,22 @@ Docs: https://rulediff.github.io/rulediff_nb/filter.html.md"""
 # %% auto #0
 __all__ = ['Judge', 'by_classifier', 'by_verdict', 'by_ruler', 'Kept', 'passing_rows', 'best_rows', 'keep', 'best_of']
 
-# %% ../nbs/14_filter.ipynb #651964f5
-import itertools
+# %% ../nbs/14_filter.ipynb #7e115b92
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 import rulediff_nb.features  # noqa: F401 (gives the worlds their ruler)
-from .classifier import ON
+from .classifier import ON, check_label
 from .core import check_int, range_known, to_8bit
 from .sample import sample, sample_steps
 from .tasks import Task, get_task
+from .unet import RuleUNet
 
 # %% ../nbs/14_filter.ipynb #f021e49a
 Judge = Callable[[Tensor], Tensor]   # (n,3,s,s) images -> (n,) scores, the higher the better
@@ -28,24 +31,30 @@ Judge = Callable[[Tensor], Tensor]   # (n,3,s,s) images -> (n,) scores, the high
 def _logits(
     net:nn.Module, # a pixel classifier; left in eval mode
     x:Tensor,      # (n,3,s,s) images
+    label:int,     # the kind that is wanted
 )->Tensor:         # (n,classes)
-    "What a pixel classifier says, a block at a time."
+    "What a pixel classifier says, a block at a time; ValueError for a label that it does not know."
     net.eval()
-    return torch.cat([net(b) for b in x.split(256)])
+    out = torch.cat([net(b) for b in x.split(256)])
+    check_label(label, out.shape[1])
+    return out
 
 def by_classifier(
     net:nn.Module, # a pixel classifier
     label:int=ON,  # the kind that is wanted
 )->Judge:          # the probability of that kind
     "Judge by the probability that a pixel classifier gives."
-    return lambda x: _logits(net, x).softmax(1)[:, label]
+    return lambda x: _logits(net, x, label).softmax(1)[:, label]
 
 def by_verdict(
     net:nn.Module, # a pixel classifier
     label:int=ON,  # the kind that is wanted
 )->Judge:          # 1 where that kind is the likeliest, else 0
     "Judge by a pixel classifier's verdict, as the study does; keep what scores 1."
-    return lambda x: (_logits(net, x).argmax(1) == label).float()
+    def judge(x):
+        said = _logits(net, x, label)
+        return ((said.argmax(1) == label) & said.isfinite().all(1)).float()
+    return judge
 
 def by_ruler(
     task:Task|str, # the world
@@ -59,12 +68,13 @@ def by_ruler(
     judge.task = task
     return judge
 
-# %% ../nbs/14_filter.ipynb #4d169bd0
+# %% ../nbs/14_filter.ipynb #bb0fe033
 class Kept(NamedTuple):
     "Images that a judge let through, and what they cost."
     x:Tensor     # (n,3,s,s) images in [-1,1]
+    scores:Tensor # (n,) what the judge said of them
     drawn:int    # images drawn for them
-    calls:float  # network calls per kept image
+    calls:float  # evaluations of the denoiser per kept image
 
 def _check_judge(
     model:nn.Module, # has `recipe`
@@ -76,15 +86,38 @@ def _check_judge(
     def said(w): return f"{w.name} ({w.palette}, {w.size} px)"
     if task and said(task) != said(world): raise ValueError(f"the judge knows {said(task)}, the model draws {said(world)}")
 
-def _draws(
+def _scores(
+    judge:Judge, # of images
+    x:Tensor,    # (n,3,s,s) images
+)->Tensor:       # (n,) float32
+    "Ask a judge; ValueError if it does not give one number per image."
+    got = judge(x)
+    if not isinstance(got, Tensor) or got.shape != (len(x),):
+        said = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
+        raise ValueError(f"a judge must give ({len(x)},) scores for {len(x)} images, got {said}; a classifier becomes one by by_classifier")
+    return got.float()
+
+@contextmanager
+def _counting(
+    model:nn.Module, # with `RuleUNet`s inside
+)->Iterator[list[int]]: # one number, which grows
+    "Count the images that denoisers inside a model are asked about."
+    count = [0]
+    def add(net, args, out): count[0] += len(args[0])
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, RuleUNet)]
+    try: yield count
+    finally:
+        for h in hooks: h.remove()
+
+def _draw(
     model:nn.Module, # has `recipe` and `predict`
-    n:int,           # images at a time
-    steps:int, eta:float, seed:int, # see `sample`
-)->Iterator[Tensor]: # (n,3,s,s) each, never the same twice
-    "The images of rows 0, 1, 2 and so on of a seed, for ever."
-    for k in itertools.count():
-        for d in sample_steps(model, range(k*n, (k + 1)*n), steps, eta, seed): x = d.x
-        yield x.clamp(-1, 1).float()
+    rows:range,      # which
+    steps:int, eta:float, seed:int, scheduler:SchedulerMixin|None, # see `sample`
+)->Tensor:           # (n,3,s,s)
+    "Rows of a seed; FloatingPointError for what is no image."
+    for d in sample_steps(model, rows, steps, eta, seed, scheduler): x = d.x
+    if not x.isfinite().all(): raise FloatingPointError(f"rows {rows.start} to {rows.stop - 1}: NaN or infinity")
+    return x.clamp(-1, 1).float()
 
 def passing_rows(
     scores:Tensor, # (n,)
@@ -110,17 +143,21 @@ def keep(
     eta:float=0.,    # fresh noise, see `sample`
     seed:int=0,      # of the noise
     limit:float=20., # draw at most this many images per image asked for
+    scheduler:SchedulerMixin|None=None, # see `sample`
 )->Kept:             # exactly n images: the first n rows of the seed that pass
     "Draw until n images pass; RuntimeError if the limit is reached first, naming how many passed."
     check_int(n, 'n', 1), _check_judge(model, judge)
-    kept, found, drawn = [], 0, 0
-    for x in _draws(model, min(n, 64), steps, eta, seed):
-        passed = passing_rows(judge(x), least)[:n - found]
-        kept.append(x[passed])
-        found += len(passed)
-        drawn += len(x) if found < n else passed[-1].item() + 1
-        if found == n: return Kept(torch.cat(kept), drawn, drawn*steps/n)
-        if drawn >= limit*n: raise RuntimeError(f"only {found} of {drawn} images scored {least:g} or more, {n} were asked for")
+    if not 1 <= limit < math.inf: raise ValueError(f"limit must be a finite number of at least 1, got {limit}")
+    kept, drawn, rows = [], 0, 0
+    with _counting(model) as count:
+        while (found := sum(len(x) for x, _ in kept)) < n:
+            if rows == int(limit*n): raise RuntimeError(f"only {found} of {rows} images scored {least:g} or more, {n} were asked for")
+            x = _draw(model, range(rows, min(rows + min(n, 64), int(limit*n))), steps, eta, seed, scheduler)
+            score = _scores(judge, x)
+            passed = passing_rows(score, least)[:n - found]
+            kept.append((x[passed], score[passed]))
+            drawn, rows = rows + (passed[-1].item() + 1 if len(passed) == n - found else len(x)), rows + len(x)
+    return Kept(*(torch.cat(v) for v in zip(*kept)), drawn, count[0]/rows*drawn/n)
 
 def best_of(
     model:nn.Module, # has `recipe` and `predict`
@@ -130,8 +167,11 @@ def best_of(
     steps:int=50,    # of the sampler
     eta:float=0.,    # fresh noise, see `sample`
     seed:int=0,      # of the noise
-)->Kept:             # exactly n images, each the best of k rows of the seed
+    scheduler:SchedulerMixin|None=None, # see `sample`
+)->Kept:             # exactly n images, each the best of k rows of the seed; its score tells if even that one was refused
     "Draw k candidates for each image and keep the one that scores highest."
     check_int(n, 'n', 1), check_int(k, 'k', 1), _check_judge(model, judge)
-    x = sample(model, k*n, steps, eta, seed)
-    return Kept(x[best_rows(judge(x), k)], k*n, float(k*steps))
+    with _counting(model) as count: x = sample(model, k*n, steps, eta, seed, scheduler)
+    score = _scores(judge, x)
+    rows = best_rows(score, k)
+    return Kept(x[rows], score[rows], k*n, count[0]/n)

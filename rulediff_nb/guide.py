@@ -20,7 +20,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 import rulediff_nb.features  # noqa: F401 (gives the worlds their ruler)
-from .classifier import ON, RuleClassifier
+from .classifier import ON, RuleClassifier, check_label
 from .core import check_int, range_known, row_generator
 from .sample import sample
 from .schedule import amplitudes, snr, solve
@@ -125,14 +125,7 @@ class Guided(nn.Module):
         x = self.predict(sample, timestep, class_labels)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
-# %% ../nbs/13_guide.ipynb #0c35c2b8
-def _check_label(
-    label:int,   # what the caller gave
-    classes:int, # how many there are
-):               # nothing: it passes or raises
-    "ValueError for a label that does not exist, TypeError for what is no whole number."
-    if not 0 <= check_int(label, 'label', -2**62) < classes: raise ValueError(f"label must be in [0,{classes}), got {label}")
-
+# %% ../nbs/13_guide.ipynb #afd98f91
 class Towards(Pull):
     "Pull towards what a classifier calls a kind; ValueError for a regressor or a label that it does not know."
     def __init__(self,
@@ -141,7 +134,7 @@ class Towards(Pull):
     ):
         super().__init__()
         if not clf.recipe.classes: raise ValueError("this is a regressor: pull with Regressed(…)")
-        _check_label(label, clf.recipe.classes)
+        check_label(label, clf.recipe.classes)
         self.clf, self.label = clf, label
 
     def forward(self,
@@ -215,14 +208,18 @@ def as_mean_shift(
     recipe:Recipe, # of the model
     levels:Sequence[int]|None=None, # the sampler's noise levels, such as `scheduler.timesteps`; None: all
 )->Callable[[Tensor],Tensor]: # (n,) levels -> (n,) scales of the epsilon form
-    "Scales with which the epsilon form shifts the ancestral step's mean by w*Sigma_t*grad (Dhariwal and Nichol 2021, algorithm 1)."
+    "Scales with which the epsilon form, unclipped, shifts an ancestral step's mean by w*Sigma_t*grad (Dhariwal and Nichol 2021)."
     at = torch.arange(recipe.T) if levels is None else torch.as_tensor(levels).long().unique()
     abar = recipe.schedule().alphas_cumprod.double()[at]
     before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])   # the next level on the way down; at last none
     alpha = abar/before
     variance = (1 - alpha)*(1 - before)/(1 - abar)
-    by_level = torch.zeros(recipe.T, dtype=abar.dtype).index_copy(0, at, scale*variance*alpha.sqrt()/(1 - alpha))
-    return lambda t: by_level[t]
+    by_level = torch.full((recipe.T,), torch.nan, dtype=abar.dtype).index_copy(0, at, scale*variance*alpha.sqrt()/(1 - alpha))
+    def scales(t):
+        new = by_level[t].isnan()
+        if new.any(): raise ValueError(f"level {t[new][0]} is not among the {len(at)} that this was made for: give the sampler's levels")
+        return by_level[t]
+    return scales
 
 # %% ../nbs/13_guide.ipynb #1298818d
 def rising_scale(
@@ -387,7 +384,7 @@ def classifier_free(
     _check_model(model)
     if not model.recipe.classes: raise ValueError("this model was made without class labels")
     if not model.recipe.label_drop: raise ValueError("this model never saw a hidden label (label_drop 0): it cannot do without")
-    _check_label(label, model.recipe.classes)
+    check_label(label, model.recipe.classes)
     if not callable(scale) and not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
     return ClassFree(model, label, scale, clip)
 

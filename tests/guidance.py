@@ -87,7 +87,7 @@ GUIDES = [
     *(Setting("regressor", v, w) for v, w in ((.5, "all"), (2., "all"), (8., "all"), (32., "all"), (8., "below_1"))),
     *(Setting("oracle", v, w) for w in ("all", "below_1") for v in (.3, 1., 2.)),
     *(Setting("classifier-free", v) for v in (0., 1., 2., 4., 7.)),
-    *(Setting(m, v) for m in ("classifier, 250 steps", "classifier, 4000 steps") for v in (2., 8.)),
+    *(Setting("classifier, 250 steps", v) for v in (2., 8.)), *(Setting("classifier, 4000 steps", v) for v in (2., 8., 16.)),
     *(Setting("shuffled labels", v) for v in (2., 8.)),
     *(Setting("shuffled pixels", v) for v in (2., 8.))]
 PULLS = {   # by method: the network it needs, and what pulls
@@ -257,12 +257,13 @@ def lines(name, palette, s, n, seed):
 def best(rows, task, palette):
     """Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take the classifier's.
 
-    Classifiers of other lengths of training are for the sweep alone.
+    Of the classifier-free model scales above 1, since up to 1 nothing is pushed. The least trained classifier is for the sweep alone.
     """
     mine = [r for r in rows if (r["task"], r["palette"]) == (task, palette) and r["gradients"] + (r["method"] == "classifier-free")]
-    for method in dict.fromkeys(r["method"] for r in mine if not r["method"].startswith("classifier,")):
+    for method in dict.fromkeys(r["method"] for r in mine if r["method"] != "classifier, 250 steps"):
         like = "classifier" if method.startswith("shuffled") else method
-        r = min((r for r in mine if r["method"] == like), key=lambda r: r["rule_gap"], default=None)
+        pushed = [r for r in mine if r["method"] == like and (like != "classifier-free" or r["scale"] > 1)]
+        r = min(pushed, key=lambda r: r["rule_gap"], default=None)
         if r: yield Setting(method, r["scale"], r["when"])
 
 

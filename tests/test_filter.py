@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from rulediff_nb.classifier import pixel_classifier
+from rulediff_nb.classifier import classifier, pixel_classifier
 from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep
+from rulediff_nb.guide import AtClean, classifier_free, guided
 from rulediff_nb.sample import sample
 from rulediff_nb.tasks import TASKS
 from rulediff_nb.unet import unet
@@ -51,6 +52,38 @@ def test_best_of_takes_the_best_of_each_group():
     want = rows[brightness(rows).view(6, 3).argmax(1) + 3*torch.arange(6)]
     assert torch.equal(b.x, want) and b.drawn == 18 and b.calls == 9
     assert torch.equal(best_of(m, brightness, 1, 6, 3, 0., 5).x, sample(m, 6, 3, 0., 5))
+
+
+def test_every_denoiser_inside_is_counted():
+    m = unet("laptop", TASK, channels=(16, 16), attention=(False, False), head_dim=8, classes=3).eval()
+    assert best_of(classifier_free(m), brightness, 2, 3, 3).calls == 2*3*2       # two answers at each step
+    clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
+    assert best_of(guided(net(), clf), brightness, 2, 3, 3).calls == 2*3         # the classifier is no denoiser
+    assert best_of(guided(net(), AtClean(clf)), brightness, 2, 3, 3).calls in (2*6, 2*5)   # asked again for x0_hat, but in pure noise
+    assert not net()._forward_hooks
+
+
+@pytest.mark.parametrize("judge,said", [(pixel_classifier("small_conv"), "by_classifier"), (lambda x: 3., "float"),
+                                        (by_verdict(pixel_classifier("mlp"), 7), r"\[0,3\)"),
+                                        (by_classifier(pixel_classifier("mlp"), -1), r"\[0,3\)")])
+def test_a_judge_must_give_a_score_per_image(judge, said):
+    for f in (lambda: keep(net(), judge, 0., 2, 2), lambda: best_of(net(), judge, 2, 2, 2)):
+        with pytest.raises(ValueError, match=said): f()
+
+
+@pytest.mark.parametrize("limit", [0., math.nan, math.inf])
+def test_a_limit_is_a_number(limit):
+    with pytest.raises(ValueError, match="limit"): keep(net(), brightness, 0., 2, 2, limit=limit)
+
+
+def test_no_more_is_drawn_than_the_limit():
+    with pytest.raises(RuntimeError, match="0 of 12 images"): keep(net(), lambda x: torch.zeros(len(x)), 1., 8, 2, limit=1.5)
+
+
+def test_images_that_are_none_are_not_kept():
+    m = net()
+    with torch.no_grad(): next(m.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError): keep(m, by_verdict(pixel_classifier("small_conv"), 0), 1., 2, 2)
 
 
 def test_a_score_that_is_no_number_is_not_the_best():

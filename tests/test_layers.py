@@ -14,10 +14,10 @@ LAYERS = {  # module -> modules of the package that it may import
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL, "sample": MODEL,
     "grid": MODEL | {"features", "metrics", "train", "sample"},
     "classifier": MODEL | {"train"}, "guide": MODEL - {"store"} | {"sample", "classifier", "features"},
-    "filter": {"core", "tasks", "features", "sample", "classifier"}}
+    "filter": {"core", "tasks", "features", "unet", "sample", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
-    "diffusers": {"schedule", "unet", "train", "sample", "guide", "classifier", "cli"},
+    "diffusers": {"schedule", "unet", "train", "sample", "guide", "filter", "classifier", "cli"},
     "accelerate": {"train", "sample", "classifier", "cli"}, "pytorch_optimizer": {"train"},
     "joblib": {"grid"}, "dask": {"grid"}, "ray": {"grid"}, "filelock": {"train"},
     "huggingface_hub": {"store", "unet", "sample", "cli"},
