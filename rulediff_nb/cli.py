@@ -94,7 +94,7 @@ def csv_table(
 
 # %% ../nbs/90_cli.ipynb #a89e826b
 DEMO_SEED = 20_251  # of the demo alone: no recipe is compared on it
-DEMO_SCALE = 2.     # of guidance by the classifiers
+DEMO_SCALE = 4.     # of guidance by the classifiers; in the sweep of 13_guide near the best of both worlds
 
 def check_folder(
     folder:str|Path, # where results shall go
