@@ -42,6 +42,12 @@ def test_filters_choose_among_the_pool():
     with pytest.raises(RuntimeError, match="raise POOL"): chosen(FILTERS[1], x, judges, 8)
 
 
+def test_rows_of_other_weights_are_measured_again():
+    rows = [row("none", 0., .3, weights=guidance.shipped("two_squares", "pure"), steps=guidance.STEPS)]
+    assert guidance.current(rows) == rows
+    assert not guidance.current([rows[0] | dict(weights="0"*12)]) and not guidance.current([rows[0] | dict(steps=50)])
+
+
 def test_seeds_of_the_table_are_not_those_of_the_sweep_nor_of_the_shipped_networks():
     assert not set(guidance.SWEEP[1]) & set(guidance.TABLE[1]) and 0 not in guidance.TABLE[1]
 
