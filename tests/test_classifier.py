@@ -290,3 +290,11 @@ def test_the_classifier_fits_its_model():
     for preset in ("laptop", "paper"):
         a = classifier(preset, "two_squares", **(SMALL if preset == "laptop" else dict(channels=(32,), attention=(False,), layers=1))).abar
         assert torch.equal(a, unet("laptop", "two_squares").abar if preset == "laptop" else noise_schedule().alphas_cumprod)
+
+
+def test_the_paper_size_trains():
+    "As wide as the study's (about 20 million parameters); a step of it, on few images."
+    clf = classifier("paper", "two_squares", batch=6)
+    assert 15e6 < sum(p.numel() for p in clf.parameters()) < 30e6
+    steps = list(classifier_steps(clf, 0, 1, n=2))
+    assert len(steps) == 1 and steps[0].images == 6 and math.isfinite(steps[0].loss)
