@@ -137,7 +137,7 @@ def readable_sides(
     return torch.where(m.readable, m.a, torch.nan), torch.where(m.readable, m.b, torch.nan)
 
 def demo(
-    n:int=192,            # images per model
+    n:int=160,            # images per model
     steps:int=25,         # network calls per image
     eta:float=1.,         # fresh noise: 0 none, 1 as much as the ancestral sampler
     seed:int=DEMO_SEED,   # of the noise
