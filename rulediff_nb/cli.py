@@ -593,8 +593,8 @@ def doctor(
     print(f'rulediff_nb {rulediff_nb.__version__}, Python {platform.python_version()}, {here}')
     for k in LIBRARIES: print(f'{k:16}{_version(k)}')
     print(f'device          {default_device()}, {torch.get_num_threads()} threads')
-    try: check_folder(out); print(f'{out:16}can be written')
-    except StoreError as e: print(f'{out:16}{e}')
+    try: check_folder(out); print(f'{out:15} can be written')
+    except StoreError as e: print(f'{out:15} {e}')
     for key in list_releases(WEIGHTS): print(f'{key:24}{_weights_state(key)}')
 
 # %% ../nbs/90_cli.ipynb #38c22542

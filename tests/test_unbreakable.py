@@ -75,6 +75,7 @@ def heard(pipe):
 def work(pipe, folder, every=0., limit=None, pace=0.):
     "A training run that tells of each step; `limit`: bytes that a file may have from here on."
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell in the background may have it ignored
     if limit is not None:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
