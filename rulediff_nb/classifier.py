@@ -6,9 +6,9 @@ Docs: https://rulediff.github.io/rulediff_nb/classifier.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'ON', 'Margin', 'PUBLISHED_MARGINS', 'PIXEL', 'CLASSIFIERS', 'CLASSIFIER_WEIGHTS', 'check_label', 'as_kind',
-           'scenes_for', 'contrastive_factors', 'contrastive', 'margins_for', 'mlp', 'resnet8', 'small_conv',
-           'pixel_classifier', 'split', 'fit_pixels', 'right', 'ClassifierRecipe', 'RuleClassifier', 'classifier',
-           'supervised_contrast', 'ClassifierRun', 'graded_factors', 'fit_classifier', 'classifier_steps',
+           'scenes_for', 'contrastive_factors', 'contrastive', 'each_kind', 'margins_for', 'mlp', 'resnet8',
+           'small_conv', 'pixel_classifier', 'split', 'fit_pixels', 'right', 'ClassifierRecipe', 'RuleClassifier',
+           'classifier', 'supervised_contrast', 'ClassifierRun', 'graded_factors', 'fit_classifier', 'classifier_steps',
            'load_classifier', 'noised_answers', 'level_of', 'told_apart', 'calibration_error', 'calibration_floor']
 
 # %% ../nbs/12_classifier.ipynb #08798af0
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import rulediff_nb
 from .core import check_images, check_int, row_generator, row_noise, row_uniform
 from .schedule import add_noise, amplitudes, snr
-from .store import StoreError, list_releases, load_release
+from .store import load_network
 from .tasks import Task, get_task
 from .train import Batch, Run, Step, attention_for, fit
 from .unet import Recipe
@@ -121,6 +121,16 @@ def contrastive(
     "Images that keep the rule and images that break it, of scenes alike in everything else."
     f, y = contrastive_factors(task, n, seed, margin, classes)
     return get_task(task).render(f), y
+
+def each_kind(
+    task:Task|str,  # the world
+    f:NamedTuple,   # n factors on the rule, such as `scenes_for` gives
+    margin:float|Tensor, # (n,) or one for all, canvas sides
+    classes:int=3,  # 3: down, on the rule, up; 4: and the coarse rule broken
+)->Tensor:          # (n,classes,3,s,s) in [-1,1]
+    "Draw every scene in every kind."
+    task = get_task(task)
+    return torch.stack([task.render(as_kind(task, f, k, margin)) for k in KINDS[:classes]], 1)
 
 def margins_for(
     task:Task|str, # the world
@@ -419,18 +429,7 @@ def load_classifier(
 )->RuleClassifier:         # in eval mode, float32; its manifest is `.manifest`
     "Load a shipped guidance classifier; ValueError for an unknown name, StoreError for files that are missing or changed."
     get_task(name)
-    key, there = f'{name}-{palette}-{kind}', list_releases(folder)
-    if key not in there: raise StoreError(f"no weights {key!r} in {folder}; there are: {', '.join(there) or 'none'}")
-    tensors, manifest = load_release(folder, key)
-    try:
-        clf = RuleClassifier(manifest['recipe'])
-        clf.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise StoreError(f"{Path(folder)/key}.safetensors does not fit the recipe in its manifest: {str(e).splitlines()[0]}") from e
-    clf.manifest, world = manifest, clf.recipe.world
-    if (world.name, world.palette) != (name, palette):
-        raise StoreError(f"{Path(folder)/key}.json is for {world.name}-{world.palette}, expected {key}")
-    return clf.to(device or 'cpu', memory_format=torch.channels_last).eval()
+    return load_network(folder, f'{name}-{palette}', RuleClassifier, kind).to(device or 'cpu', memory_format=torch.channels_last)
 
 # %% ../nbs/12_classifier.ipynb #10619ab9
 @torch.no_grad()

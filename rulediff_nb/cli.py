@@ -30,8 +30,8 @@ import rulediff_nb
 from .classifier import CLASSIFIER_WEIGHTS, load_classifier
 from .core import Panel, check_int, default_device, from_bytes, plot_panels, progress, range_known, row_generator
 from .features import REASONS
-from .guide import guided
 from .grid import jobs, over_seeds, read_table, run_grid
+from .guide import guided
 from .metrics import Measured, RuleReport, measured, real_images, rule_report
 from .sample import WEIGHTS, load_pretrained, sample_batches
 from .store import StoreError, content_hash, list_releases, load_release, save_release, write_atomic
@@ -150,14 +150,14 @@ def demo(
     if not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
     names = [k for k in list_releases(WEIGHTS) if only in k]
     if not names: raise StoreError(f"no weights with {only!r} in their name; there are: {', '.join(list_releases(WEIGHTS)) or 'none'}")
-    folder, lines, panels, start = check_folder(out), [], [], time.perf_counter()
+    folder, lines, panels, start, guides = check_folder(out), [], [], time.perf_counter(), list_releases(CLASSIFIER_WEIGHTS)
     for key in names:
         name, palette = key.rsplit('-', 1)
         model = load_pretrained(name, palette, device=default_device())
         x, report = measure_model(model, n, steps, eta, seed)
         world = model.recipe.world
         lines += report_lines(f'{name} {palette}', report)
-        if scale and f'{key}-classifier' in list_releases(CLASSIFIER_WEIGHTS):
+        if scale and f'{key}-classifier' in guides:
             pulled = guided(model, load_classifier(name, palette, device=default_device()), scale)
             lines.insert(-1, report_lines(f'{name} {palette}', measure_model(model, n, steps, eta, seed, pulled)[1], 'guided')[1])
         sides, floor = (readable_sides(m) for m in (measured(world, report.features), real_images(world, n).floor))

@@ -19,10 +19,10 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-import rulediff_nb.features  # noqa: F401 (gives the worlds their ruler)
 from .classifier import ON, RuleClassifier, check_label
 from .core import check_int, range_known, row_generator
-from .sample import sample
+from .metrics import measured
+from .sample import check_model, sample
 from .schedule import amplitudes, snr, solve
 from .tasks import Task, get_task
 from .unet import Recipe, RuleUNet
@@ -59,6 +59,15 @@ def _or_0(
 )->Tensor:    # like `g`
     "Rows with anything that is not finite become 0."
     return torch.where(_by_row(g.flatten(1).isfinite().all(1)), g, 0)
+
+def _gradient(
+    f:Callable[[Tensor],Tensor], # (n,3,s,s) float32 -> (n,)
+    xt:Tensor, # (n,3,s,s)
+)->Tensor:     # like `xt`, float32
+    "Gradient of each row's number."
+    with torch.enable_grad():
+        x = xt.detach().float().requires_grad_()
+        return torch.autograd.grad(f(x).sum(), x)[0]
 
 _MOVED = dict(epsilon=lambda m, s, n: -s/n*m, v_prediction=lambda m, s, n: -m/n, sample=lambda m, s, n: m)
 
@@ -143,9 +152,7 @@ class Towards(Pull):
         t:Tensor,        # (n,) levels
     )->Tensor:           # like `xt`
         "Gradient of the log probability of the kind."
-        with torch.enable_grad():
-            x = xt.detach().float().requires_grad_()
-            return torch.autograd.grad(self.clf(x.to(self.clf.dtype), t).log_softmax(1)[:, self.label].sum(), x)[0]
+        return _gradient(lambda x: self.clf(x.to(self.clf.dtype), t).log_softmax(1)[:, self.label], xt)
 
 class Regressed(Pull):
     "Pull the mean of log(b/a) that a regressor sees towards 0, the harder the surer it is; ValueError for a classifier."
@@ -162,17 +169,10 @@ class Regressed(Pull):
         t:Tensor,        # (n,) levels
     )->Tensor:           # like `xt`
         "Gradient of -mean^2/(2 variance), the variance held fixed: its own gradient would pull towards scenes that are easy to judge."
-        with torch.enable_grad():
-            x = xt.detach().float().requires_grad_()
+        def log_p(x):
             mean, log_var = self.reg(x.to(self.reg.dtype), t).chunk(2, 1)
-            variance = log_var.detach().exp().clamp(min=1e-6)   # as low as the likelihood let it go in training
-            return torch.autograd.grad((-.5*mean.square()/variance).sum(), x)[0]
-
-def _check_model(
-    model:nn.Module, # what the caller gave
-):                   # nothing: it passes or raises
-    "TypeError for what is no model of this package."
-    if not hasattr(model, 'recipe'): raise TypeError(f"a model must carry a recipe, as unet(...) gives it, got {type(model).__name__}")
+            return -.5*mean.square()/log_var.detach().exp().clamp(min=1e-6)   # as low as the likelihood let it go in training
+        return _gradient(log_p, xt)
 
 def _same_world(
     model:nn.Module, # has `recipe`
@@ -194,7 +194,7 @@ def guided(
     clip:bool=True,          # no pixel of x0_hat is pulled out of [-1,1]; False: the bare formula
 )->nn.Module:                # again a model
     "Pull a model's answers; ValueError for a scale that is not finite or a classifier made for another world, size or schedule."
-    _check_model(model)
+    check_model(model)
     if not callable(scale) and not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
     if isinstance(clf, RuleClassifier): clf = Towards(clf) if clf.recipe.classes else Regressed(clf)
     if not isinstance(clf, Pull): raise TypeError(f"clf must be a guidance classifier or a Pull, got {type(clf).__name__}")
@@ -256,12 +256,12 @@ def interval_scale(
 # %% ../nbs/13_guide.ipynb #584a3632
 def _x0_hat(
     model:nn.Module, # has `recipe` and `predict`
-    xt:Tensor,       # (n,3,s,s)
+    x:Tensor,        # (n,3,s,s) float32
     t:Tensor,        # (n,) levels
-)->tuple[Tensor,Tensor]: # xt in float32 with a gradient, and x0_hat that depends on it
-    "Guess the clean image so that it can be differentiated."
-    x = xt.detach().float().requires_grad_()
-    return x, solve(x, model.predict(x.to(xt.dtype), t).float(), t, model.abar.float(), model.recipe.prediction).x0
+    dtype:torch.dtype, # in which the model is asked
+)->Tensor:           # (n,3,s,s) float32
+    "The clean image that a model guesses, to be differentiated."
+    return solve(x, model.predict(x.to(dtype), t).float(), t, model.abar.float(), model.recipe.prediction).x0
 
 class AtClean(Pull):
     "Ask a classifier about x0_hat instead of xt, as about a clean image (Bansal et al. 2023)."
@@ -278,10 +278,10 @@ class AtClean(Pull):
         t:Tensor,        # (n,) levels
     )->Tensor:           # like `xt`
         "Gradient of the log probability of the kind at x0_hat."
-        with torch.enable_grad():
-            x, x0 = _x0_hat(model, xt, t)
-            log_p = self.clf(x0.clamp(-1, 1).to(self.clf.dtype), torch.zeros_like(t)).log_softmax(1)
-            return _or_0(torch.autograd.grad(log_p[:, self.label].sum(), x)[0])
+        def log_p(x):
+            x0 = _x0_hat(model, x, t, xt.dtype).clamp(-1, 1)
+            return self.clf(x0.to(self.clf.dtype), torch.zeros_like(t)).log_softmax(1)[:, self.label]
+        return _gradient(log_p, xt)
 
 class Oracle(Pull):
     "Pull by the exact ruler itself, read off x0_hat: what guidance gains if the rule is given; nothing where it cannot read."
@@ -297,11 +297,11 @@ class Oracle(Pull):
         x0:Tensor, # (n,3,s,s) in [-1,1]
     )->tuple[Tensor,Tensor]: # (n,) log(b/a), and its gradient like `x0`; 0 where the ruler cannot read
         "What the ruler says and how it would change."
-        x0 = x0.detach().requires_grad_()
-        with range_known(): f = self.task.features(x0)   # x0_hat may be pale
-        a, b = (v.clamp(min=1e-6) for v in self.task.sides(f))
-        r = torch.where(f.readable & (a*b).isfinite(), (b/a).log(), 0)
-        return r.detach(), _or_0(torch.autograd.grad(r.sum(), x0)[0])
+        with torch.enable_grad(), range_known():   # x0_hat may be pale
+            x0 = x0.detach().requires_grad_()
+            m = measured(self.task, self.task.features(x0))
+            r = (m.b/m.a).log().to(x0)
+            return r.detach(), _or_0(torch.autograd.grad(r.sum(), x0)[0])
 
     def forward(self,
         model:nn.Module, # whose x0_hat is looked at
@@ -309,11 +309,12 @@ class Oracle(Pull):
         t:Tensor,        # (n,) levels
     )->Tensor:           # like `xt`
         "Gradient of the log probability that the clean image is on the rule, as if each of its pixels were x0_hat +- n."
-        with torch.enable_grad():
-            x, x0 = _x0_hat(model, xt, t)
+        def log_p(x):   # around x0_hat, linear: -r/variance*slope*x0 has its gradient
+            x0 = _x0_hat(model, x, t, xt.dtype)
             r, slope = self.read(x0.clamp(-1, 1))
             variance = self.spread**2 + (1 - model.abar[t.to(model.abar.device)].to(r))*slope.flatten(1).square().sum(1)
-            return _or_0(torch.autograd.grad(x0, x, -_by_row(r/variance)*slope)[0])
+            return -(_by_row(r/variance)*slope*x0).flatten(1).sum(1)
+        return _gradient(log_p, xt)
 
 # %% ../nbs/13_guide.ipynb #9301b68c
 class Aside(Pull):
@@ -381,7 +382,7 @@ def classifier_free(
     clip:bool=True,  # no pixel of x0_hat is pushed out of [-1,1]; False: the bare formula
 )->nn.Module:        # again a model, without labels
     "Classifier-free guidance; ValueError for a model without labels or without hidden ones, an unknown label, a scale that is not finite."
-    _check_model(model)
+    check_model(model)
     if not model.recipe.classes: raise ValueError("this model was made without class labels")
     if not model.recipe.label_drop: raise ValueError("this model never saw a hidden label (label_drop 0): it cannot do without")
     check_label(label, model.recipe.classes)

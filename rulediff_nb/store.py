@@ -6,16 +6,17 @@ Docs: https://rulediff.github.io/rulediff_nb/store.html.md"""
 
 # %% auto #0
 __all__ = ['StoreError', 'write_atomic', 'sha256', 'content_hash', 'save_tensors', 'load_tensors', 'save_release',
-           'list_releases', 'load_manifest', 'load_release']
+           'list_releases', 'load_manifest', 'load_release', 'load_network']
 
 # %% ../nbs/06_store.ipynb #11b34706
 import hashlib, json, os, tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../nbs/06_store.ipynb #65dfb645
 class StoreError(ValueError):
@@ -148,3 +149,23 @@ def load_release(
         raise StoreError(f"{path} is damaged: found sha256 {sha256(blob)}, expected {manifest['sha256']}")
     try: return load(blob), manifest
     except SafetensorError as e: raise StoreError(f"{path} is not a whole safetensors file: {e}") from e
+
+def load_network(
+    folder:str|Path, # where weights and manifests stand
+    world:str,       # what it must have been trained on: "TASK-PALETTE"
+    make:Callable[[dict],nn.Module], # a recipe -> an untrained network, which has `recipe`
+    kind:str='',     # the file's name is the world's, or "WORLD-KIND"
+)->nn.Module:        # in eval mode, float32, on the CPU; its manifest is `.manifest`
+    "Make a network from a recipe and weights; StoreError for files that are missing, changed or made for something else."
+    name, there = f'{world}-{kind}' if kind else world, list_releases(folder)
+    if name not in there: raise StoreError(f"no weights {name!r} in {folder}; there are: {', '.join(there) or 'none'}")
+    tensors, manifest = load_release(folder, name)
+    try:
+        net = make(manifest['recipe'])
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise StoreError(f"{Path(folder)/name}.safetensors does not fit the recipe in its manifest: {str(e).splitlines()[0]}") from e
+    made_for = f'{net.recipe.world.name}-{net.recipe.world.palette}'
+    if made_for != world: raise StoreError(f"{Path(folder)/name}.json is for {made_for}, expected {world}")
+    net.manifest = manifest
+    return net.eval()

@@ -17,15 +17,14 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 from rulediff_nb.classifier import (
-    KINDS,
     PIXEL,
     PUBLISHED_MARGINS,
-    as_kind,
     calibration_error,
     calibration_floor,
     classifier,
     classifier_steps,
     contrastive,
+    each_kind,
     fit_pixels,
     graded_factors,
     level_of,
@@ -90,7 +89,7 @@ def level_rows(job):
     margins, base = fitting(task)
     y = torch.arange(900) % 3
     for margin in margins:
-        three = torch.stack([task.render(as_kind(task, base, k, margin)) for k in KINDS[:3]], 1)
+        three = each_kind(task, base, margin)
         for sigma in SIGMAS:
             p = noised_answers(clf, three[torch.arange(900), y], level_of(sigma, clf.abar), job["seed"]).softmax(1)
             said = job | dict(margin_px=margin*task.size, sigma=sigma, cpu_seconds=seconds)

@@ -18,12 +18,11 @@ import joblib
 import torch
 
 from rulediff_nb.classifier import (
-    KINDS,
     ClassifierRun,
     RuleClassifier,
-    as_kind,
     classifier,
     contrastive,
+    each_kind,
     fit_pixels,
     graded_factors,
     level_of,
@@ -34,13 +33,12 @@ from rulediff_nb.classifier import (
     scenes_for,
 )
 from rulediff_nb.core import range_known, row_generator
-from rulediff_nb.filter import best_rows, by_ruler, by_verdict, passing_rows
+from rulediff_nb.filter import best_rows, by_ruler, by_verdict, counting, passing_rows
 from rulediff_nb.grid import csv_text, read_table, report_columns
 from rulediff_nb.guide import (
     Aside,
     AtClean,
     Oracle,
-    Pull,
     Regressed,
     Towards,
     classifier_free,
@@ -99,28 +97,6 @@ PULLS = {   # by method: the network it needs, and what pulls
 FILTERS = [Setting("none", 0.), Setting("filter: verdict", 1.), *(Setting("filter: ruler, best of", float(k)) for k in (2, 4))]
 
 
-class Counted(torch.nn.Module):
-    "A model that counts how many images it was asked about."
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.recipe, self.abar, self.rows = model, model.recipe, model.abar, 0
-
-    def predict(self, xt, t, *y):
-        self.rows += len(xt)
-        return self.model.predict(xt, t, *y)
-
-
-class CountedPull(Pull):
-    "A pull that counts how many gradients it gave."
-    def __init__(self, pull):
-        super().__init__()
-        self.pull, self.rows = pull, 0
-
-    def forward(self, model, xt, t):
-        self.rows += len(xt)
-        return self.pull(model, xt, t)
-
-
 def kept(model, folder, x0, steps, seed, y, **kw):
     "Train, or read what an earlier call trained."
     path = RUNS/folder
@@ -154,14 +130,19 @@ def knows(pull):
     if not clf: return math.nan
     task, y = clf.recipe.world, torch.arange(900) % 3
     base, _ = scenes_for(task, 900, 99, 1/64)
-    three = torch.stack([task.render(as_kind(task, base, k, 1/64)) for k in KINDS[:3]], 1)
+    three = each_kind(task, base, 1/64)
     said = noised_answers(clf, three[torch.arange(900), y], level_of(.2, clf.abar), 0).argmax(1)
     return (said == y).float().mean().item()
 
 
+def near_misses(task, n, seed):
+    "Scenes on the rule and off it by a pixel, or less where that has no room, and their kinds."
+    return contrastive(task, n, seed, max(m for m in margins_for(task) if m <= 1/32))
+
+
 def labelled_set(task):
-    "Scenes on the rule and off it by a pixel or less, and their kinds."
-    return contrastive(task, 1500, 0, max(m for m in margins_for(task) if m <= 1/32))
+    "What the classifier-free model learns."
+    return near_misses(task, 1500, 0)
 
 
 def conditional(task):
@@ -172,7 +153,7 @@ def conditional(task):
 
 def pixel_judge(task, seed):
     "The study's judge: a small conv net that saw clean images."
-    x, y = contrastive(task, 2000, seed, max(m for m in margins_for(task) if m <= 1/32))
+    x, y = near_misses(task, 2000, seed)
     net = pixel_classifier("small_conv", task.size, seed)
     for _ in fit_pixels(net, x, y, 15, 64, 1e-3, seed): pass
     return by_verdict(net)
@@ -202,12 +183,10 @@ def timed(f):
 
 def guided_images(s, model, pull, n, seed):
     "One setting's images, and what they cost; without a pull it is classifier-free."
-    if not pull:
-        counted = Counted(conditional(model.recipe.world))
-        return sample(classifier_free(counted, scale=s.scale), n, STEPS, ETA, seed), dict(calls=counted.rows/n, gradients=0.)
-    counted, pull = Counted(model), CountedPull(pull)
-    x = sample(guided(counted, pull, COURSES[s.when](s.scale, model.recipe)), n, STEPS, ETA, seed)
-    return x, dict(calls=counted.rows/n, gradients=pull.rows/n)
+    if pull: drawn_by = guided(model, pull, COURSES[s.when](s.scale, model.recipe))
+    else: drawn_by = classifier_free(conditional(model.recipe.world), scale=s.scale)
+    with counting(drawn_by) as calls, counting(drawn_by, type(pull)) as gradients: x = sample(drawn_by, n, STEPS, ETA, seed)
+    return x, dict(calls=calls[0]/n, gradients=gradients[0]/n)
 
 
 def chosen(s, x, judges, n):

@@ -13,12 +13,14 @@ from rulediff_nb.classifier import (
     PUBLISHED_MARGINS,
     ClassifierRun,
     RuleClassifier,
+    as_kind,
     calibration_error,
     calibration_floor,
     classifier,
     classifier_steps,
     contrastive,
     contrastive_factors,
+    each_kind,
     fit_classifier,
     fit_pixels,
     graded_factors,
@@ -298,3 +300,11 @@ def test_the_paper_size_trains():
     assert 15e6 < sum(p.numel() for p in clf.parameters()) < 30e6
     steps = list(classifier_steps(clf, 0, 1, n=2))
     assert len(steps) == 1 and steps[0].images == 6 and math.isfinite(steps[0].loss)
+
+
+def test_each_kind_draws_a_scene_as_its_kinds_are_drawn_alone():
+    task = TASKS["two_squares"].with_(palette="pure")
+    f, m = scenes_for(task, 3, 0, 1/16)
+    x = each_kind(task, f, m, 4)
+    assert x.shape == (3, 4, 3, 32, 32) and torch.equal(x[:, :3], each_kind(task, f, 1/16))
+    for k, kind in enumerate(KINDS): assert torch.equal(x[:, k], task.render(as_kind(task, f, kind, m)))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rulediff_nb.classifier import classifier, pixel_classifier
-from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep
-from rulediff_nb.guide import AtClean, classifier_free, guided
+from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, counting, keep
+from rulediff_nb.guide import Aside, AtClean, Pull, Towards, classifier_free, guided
 from rulediff_nb.sample import sample
 from rulediff_nb.tasks import TASKS
 from rulediff_nb.unet import unet
@@ -60,7 +60,19 @@ def test_every_denoiser_inside_is_counted():
     clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
     assert best_of(guided(net(), clf), brightness, 2, 3, 3).calls == 2*3         # the classifier is no denoiser
     assert best_of(guided(net(), AtClean(clf)), brightness, 2, 3, 3).calls in (2*6, 2*5)   # asked again for x0_hat, but in pure noise
-    assert not net()._forward_hooks
+
+
+def test_what_counts_is_chosen_and_counts_no_longer_than_the_context():
+    m, clf = net(), classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
+    g = guided(m, Aside(Towards(clf)))
+    with counting(g) as calls, counting(g, type(g.pull)) as gradients, counting(g, Pull) as pulls: sample(g, 4, 5)
+    assert calls[0] == 20 and gradients[0] in (16, 20) and pulls[0] == 2*gradients[0]   # none in pure noise; one pull inside the other
+    sample(g, 4, 5)
+    assert calls[0] == 20 and not any(v._forward_hooks for v in g.modules())
+
+
+def test_a_model_must_be_one():
+    with pytest.raises(TypeError, match="recipe"): keep(torch.nn.Linear(2, 2), brightness, 0.)
 
 
 @pytest.mark.parametrize("judge,said", [(pixel_classifier("small_conv"), "by_classifier"), (lambda x: 3., "float"),

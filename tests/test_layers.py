@@ -13,8 +13,8 @@ LAYERS = {  # module -> modules of the package that it may import
     "certificate": {"core", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL, "sample": MODEL,
     "grid": MODEL | {"features", "metrics", "train", "sample"},
-    "classifier": MODEL | {"train"}, "guide": MODEL - {"store"} | {"sample", "classifier", "features"},
-    "filter": {"core", "tasks", "features", "unet", "sample", "classifier"}}
+    "classifier": MODEL | {"train"}, "guide": MODEL - {"store"} | {"metrics", "sample", "classifier"},
+    "filter": {"core", "tasks", "metrics", "unet", "sample", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
     "diffusers": {"schedule", "unet", "train", "sample", "guide", "filter", "classifier", "cli"},

@@ -81,6 +81,12 @@ def test_a_row_does_not_know_its_batch(prediction, eta):
         assert (sample(m, 8, steps=10, seed=3, eta=eta, batch=batch) - whole[:8]).abs().max() <= bound
 
 
+def test_later_rows_are_the_same_rows():
+    m, y = net(classes=3), torch.arange(12) % 3
+    whole = sample(m, 12, steps=5, seed=3, eta=1., y=y)
+    for batch in (2, 64): assert (sample(m, 5, 5, 1., 3, batch=batch, y=y[4:9], first=4) - whole[4:9]).abs().max() < 1e-3
+
+
 def test_neighbouring_seeds_share_no_image():
     a, b = (sample(NET, 12, steps=3, seed=s) for s in (0, 1))
     assert torch.cdist(a.flatten(1), b.flatten(1)).min() > .5 < torch.pdist(a.flatten(1)).min()
@@ -220,7 +226,8 @@ def test_no_images(): assert sample(NET, 0, steps=3).shape == (0, 3, 16, 16)
     (dict(steps=0), ValueError, "steps"), (dict(steps=1001), ValueError, "steps"), (dict(steps=2.5), TypeError, "steps"),
     (dict(eta=-.1), ValueError, "eta"), (dict(eta=1.1), ValueError, "eta"), (dict(eta=float("nan")), ValueError, "eta"),
     (dict(seed=-1), ValueError, "seed"), (dict(seed=.5), TypeError, "seed"), (dict(seed=True), TypeError, "seed"),
-    (dict(batch=0), ValueError, "batch"), (dict(batch=1.), TypeError, "batch")])
+    (dict(batch=0), ValueError, "batch"), (dict(batch=1.), TypeError, "batch"),
+    (dict(first=-1), ValueError, "first"), (dict(first=.5), TypeError, "first")])
 def test_wrong_arguments(kw, error, word):
     with pytest.raises(error, match=word): sample(NET, **{**dict(n=2, steps=2), **kw})
 
