@@ -61,7 +61,8 @@ SWEEP, TABLE = (256, (100,)), (1024, (1, 2, 3))   # images, seeds of their noise
 COLUMNS = ("yield_", "coarse", "rule_error", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho", "r2_rule", "coverage",
            "copies")
 FULL = "sun_shadow_free", "two_circles"   # worlds of which every method is measured; of the others those that decide
-DECIDE = "none", "classifier", "oracle", "filter: verdict", "filter: ruler, best of"
+DECIDE = "none", "classifier", "classifier at x0_hat", "oracle", "filter: verdict", "filter: ruler, best of"
+CONTROLS = {"shuffled labels": "classifier", "shuffled pixels": "classifier", "shuffled labels at x0_hat": "classifier at x0_hat"}
 POOL = 4   # unguided images drawn for each one asked for: filters choose among them
 
 
@@ -81,18 +82,20 @@ GUIDES = [
     *(Setting("classifier", v, w) for w in ("below_1", "middle", "high") for v in (2., 8.)),
     *(Setting("classifier", v, w) for w in ("rising", "rising_late") for v in (1., 3.)),
     *(Setting("classifier", v, "last_100") for v in (10., 1e4)),
-    *(Setting("classifier at x0_hat", v, w) for v, w in ((1., "below_1"), (4., "below_1"), (16., "below_1"), (4., "all"))),
+    *(Setting("classifier at x0_hat", v, w) for v, w in ((1., "below_1"), (4., "below_1"), (16., "below_1"), (64., "below_1"), (4., "all"),
+                                                          (16., "all"))),
     *(Setting("regressor", v, w) for v, w in ((.5, "all"), (2., "all"), (8., "all"), (32., "all"), (8., "below_1"))),
     *(Setting("oracle", v, w) for w in ("all", "below_1") for v in (.3, 1., 2.)),
     *(Setting("classifier-free", v) for v in (0., 1., 2., 4., 7.)),
     *(Setting("classifier, 250 steps", v) for v in (2., 8.)), *(Setting("classifier, 4000 steps", v) for v in (2., 8., 16.)),
-    *(Setting("shuffled labels", v) for v in (2., 8.)),
+    *(Setting("shuffled labels", v) for v in (2., 8.)), Setting("shuffled labels at x0_hat", 16., "below_1"),
     *(Setting("shuffled pixels", v) for v in (2., 8.))]
 PULLS = {   # by method: the network it needs, and what pulls
     "classifier": ("classifier", lambda clf, seed: Towards(clf)), "classifier at x0_hat": ("classifier", lambda clf, seed: AtClean(clf)),
     "classifier, 250 steps": ("classifier 250", lambda clf, seed: Towards(clf)),
     "classifier, 4000 steps": ("classifier 4000", lambda clf, seed: Towards(clf)),
     "regressor": ("regressor", lambda clf, seed: Regressed(clf)), "shuffled labels": ("shuffled", lambda clf, seed: Towards(clf)),
+    "shuffled labels at x0_hat": ("shuffled", lambda clf, seed: AtClean(clf)),
     "shuffled pixels": ("classifier", lambda clf, seed: Aside(Towards(clf), seed))}
 FILTERS = [Setting("none", 0.), Setting("filter: verdict", 1.), *(Setting("filter: ruler, best of", float(k)) for k in (2, 4))]
 
@@ -233,17 +236,25 @@ def lines(name, palette, s, n, seed):
     return out
 
 
-def best(rows, task, palette):
-    """Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take the classifier's.
+def is_number(v): return isinstance(v, float) and math.isfinite(v)   # what could not be measured is empty in a table
 
+
+def best(rows, task, palette):
+    """Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take those of what they control.
+
+    Where that one's coverage is beyond what real images and no guidance reach, also the setting with the lowest rule_gap within.
     Of the classifier-free model scales above 1, since up to 1 nothing is pushed. The least trained classifier is for the sweep alone.
     """
-    mine = [r for r in rows if (r["task"], r["palette"]) == (task, palette) and r["gradients"] + (r["method"] == "classifier-free")]
+    here = [r for r in rows if (r["task"], r["palette"]) == (task, palette)]
+    reach = [r["coverage_real_high"] for r in here] + [r["coverage"] for r in here if r["method"] == "none"]
+    limit = max(filter(is_number, reach), default=0.)
+    mine = [r for r in here if r["gradients"] + (r["method"] == "classifier-free")]
     for method in dict.fromkeys(r["method"] for r in mine if r["method"] != "classifier, 250 steps"):
-        like = "classifier" if method.startswith("shuffled") else method
+        like = CONTROLS.get(method, method)
         pushed = [r for r in mine if r["method"] == like and (like != "classifier-free" or r["scale"] > 1)]
-        r = min(pushed, key=lambda r: r["rule_gap"], default=None)
-        if r: yield Setting(method, r["scale"], r["when"])
+        ranked = sorted(pushed, key=lambda r: r["rule_gap"])
+        within = [r for r in ranked if is_number(r["coverage"]) and r["coverage"] <= limit]
+        yield from dict.fromkeys(Setting(method, r["scale"], r["when"]) for r in ranked[:1] + within[:1])
 
 
 def key(task, palette, s, n, seed): return task, palette, *(s or FILTERS[-1]), n, seed

@@ -9,7 +9,7 @@ from guidance import FILTERS, GUIDES, PULLS, Setting, best, chosen, compared
 
 def row(method, scale, gap, seed=100, when="all", gradients=24., **more):
     said = dict(task="two_squares", palette="pure", method=method, scale=scale, when=when, seed=seed, images=8, rule_gap=gap)
-    return said | dict(gradients=gradients, cpu_seconds=2.) | more
+    return said | dict(gradients=gradients, cpu_seconds=2., coverage=.05, coverage_real_high=.07) | more
 
 
 SWEPT = [row("none", 0., .3, gradients=0.), row("classifier", 1., .2), row("classifier", 4., .1, when="high"), row("oracle", 1., .05),
@@ -22,6 +22,15 @@ def test_best_settings_are_those_of_the_sweep():
     assert got == [Setting("classifier", 4., "high"), Setting("oracle", 1.), Setting("shuffled labels", 4., "high"),
                    Setting("classifier-free", 2.)]   # not scale 0, which pushes nothing; no filter; controls as the classifier
     assert not list(best(SWEPT, "two_circles", "pure"))
+
+
+@pytest.mark.parametrize("beyond", [.2, ""])
+def test_where_coverage_is_lost_the_best_that_keeps_it_is_measured_too(beyond):
+    rows = [row("none", 0., .3, gradients=0., coverage=.09), row("classifier", 2., .2, coverage=.08),
+            row("classifier", 4., .1, coverage=beyond), row("classifier", 1., .25), row("shuffled labels", 2., .29), row("oracle", 1., .05, coverage=beyond)]
+    both = [Setting("classifier", 4.), Setting("classifier", 2.)]
+    got = list(best(rows, "two_squares", "pure"))
+    assert got == [*both, *(s._replace(method="shuffled labels") for s in both), Setting("oracle", 1.)]   # no other oracle was tried
 
 
 def test_gains_are_shares_of_the_oracle_s_on_the_same_images():
