@@ -27,7 +27,8 @@ def test_best_settings_are_those_of_the_sweep():
 @pytest.mark.parametrize("beyond", [.2, ""])
 def test_where_coverage_is_lost_the_best_that_keeps_it_is_measured_too(beyond):
     rows = [row("none", 0., .3, gradients=0., coverage=.09), row("classifier", 2., .2, coverage=.08),
-            row("classifier", 4., .1, coverage=beyond), row("classifier", 1., .25), row("shuffled labels", 2., .29), row("oracle", 1., .05, coverage=beyond)]
+            row("classifier", 4., .1, coverage=beyond), row("classifier", 1., .25), row("shuffled labels", 2., .29),
+            row("oracle", 1., .05, coverage=beyond)]
     both = [Setting("classifier", 4.), Setting("classifier", 2.)]
     got = list(best(rows, "two_squares", "pure"))
     assert got == [*both, *(s._replace(method="shuffled labels") for s in both), Setting("oracle", 1.)]   # no other oracle was tried
