@@ -88,12 +88,14 @@ GUIDES = [
     *(Setting("oracle", v, w) for w in ("all", "below_1") for v in (.3, 1., 2.)),
     *(Setting("classifier-free", v) for v in (0., 1., 2., 4., 7.)),
     *(Setting("classifier, 250 steps", v) for v in (2., 8.)), *(Setting("classifier, 4000 steps", v) for v in (2., 8., 16.)),
+    *(Setting("classifier, 4000 steps, at x0_hat", v, "below_1") for v in (4., 16.)),
     *(Setting("shuffled labels", v) for v in (2., 8.)), Setting("shuffled labels at x0_hat", 16., "below_1"),
     *(Setting("shuffled pixels", v) for v in (2., 8.))]
 PULLS = {   # by method: the network it needs, and what pulls
     "classifier": ("classifier", lambda clf, seed: Towards(clf)), "classifier at x0_hat": ("classifier", lambda clf, seed: AtClean(clf)),
     "classifier, 250 steps": ("classifier 250", lambda clf, seed: Towards(clf)),
     "classifier, 4000 steps": ("classifier 4000", lambda clf, seed: Towards(clf)),
+    "classifier, 4000 steps, at x0_hat": ("classifier 4000", lambda clf, seed: AtClean(clf)),
     "regressor": ("regressor", lambda clf, seed: Regressed(clf)), "shuffled labels": ("shuffled", lambda clf, seed: Towards(clf)),
     "shuffled labels at x0_hat": ("shuffled", lambda clf, seed: AtClean(clf)),
     "shuffled pixels": ("classifier", lambda clf, seed: Aside(Towards(clf), seed))}
