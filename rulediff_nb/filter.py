@@ -17,7 +17,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from .classifier import ON, check_label
+from .classifier import ON, RuleClassifier, check_label
 from .core import check_int, range_known
 from .metrics import measure, rule_errors
 from .sample import check_model, sample
@@ -26,6 +26,12 @@ from .unet import RuleUNet
 
 # %% ../nbs/14_filter.ipynb #f021e49a
 Judge = Callable[[Tensor], Tensor]   # (n,3,s,s) images -> (n,) scores, the higher the better
+
+def _check_pixels(
+    net:Callable, # what the caller gave
+):                # nothing: it passes or raises
+    "TypeError for a classifier that wants a noise level."
+    if isinstance(net, RuleClassifier): raise TypeError("a RuleClassifier wants a noise level; images are judged by a pixel classifier")
 
 @torch.no_grad()
 def _logits(
@@ -44,6 +50,7 @@ def by_classifier(
     label:int=ON,  # the kind that is wanted
 )->Judge:          # the probability of that kind
     "Judge by the probability that a pixel classifier gives."
+    _check_pixels(net)
     return lambda x: _logits(net, x, label).softmax(1)[:, label]
 
 def by_verdict(
@@ -51,6 +58,7 @@ def by_verdict(
     label:int=ON,  # the kind that is wanted
 )->Judge:          # 1 where that kind is the likeliest, else 0
     "Judge by a pixel classifier's verdict, as the study does; keep what scores 1."
+    _check_pixels(net)
     def judge(x):
         said = _logits(net, x, label)
         return ((said.argmax(1) == label) & said.isfinite().all(1)).float()
@@ -80,7 +88,7 @@ def _check_judge(
     judge:Judge,     # of images
 ):                   # nothing: it passes or raises
     "ValueError for a judge that knows another world; TypeError for what is no judge or no model."
-    check_model(model)
+    check_model(model), _check_pixels(judge)
     if not callable(judge): raise TypeError(f"a judge takes images and gives scores, got {type(judge).__name__}")
     task, world = getattr(judge, 'task', None), model.recipe.world
     def said(w): return f"{w.name} ({w.palette}, {w.size} px)"

@@ -32,7 +32,14 @@ NOISIEST = 100.  # sigma above which nothing is guided
 FARTHEST = 1e3   # no pixel of x0_hat is moved farther where nothing keeps it in its range
 
 class Pull(nn.Module):
-    "Something that knows in which direction a noisy image should go: `forward(model, xt, t)` gives a gradient like `xt`."
+    "What knows where a noisy image should go: `forward(model, xt, t)` gives a gradient like `xt`, uphill; rows not finite pull nothing."
+
+def _check_pull(
+    pull:Pull, # what the caller gave
+)->Pull:       # the same
+    "TypeError for what is no pull."
+    if isinstance(pull, Pull): return pull
+    raise TypeError(f"a Pull was wanted, such as Towards(classifier), got {type(pull).__name__}")
 
 class _Told:
     "A model with its labels given, for pulls that ask it again."
@@ -95,7 +102,7 @@ class Guided(nn.Module):
         clip:bool=True,  # no pixel of x0_hat is pulled out of [-1,1]
     ):
         super().__init__()
-        self.model, self.pull, self.scale, self.clip, self.recipe = model, pull, scale, clip, model.recipe
+        self.model, self.pull, self.scale, self.clip, self.recipe = model, _check_pull(pull), scale, clip, model.recipe
         self.abar = model.recipe.schedule().alphas_cumprod   # no buffer: rounded to half precision it would be 1 at the first levels
         self.train(model.training)
 
@@ -118,7 +125,10 @@ class Guided(nn.Module):
         got, t = self.model.predict(xt, t, *() if y is None else (y,)), t.long()
         w = self.scales(t.cpu())
         if not w.any(): return got
-        g = _or_0(self.pull(self.model if y is None else _Told(self.model, y), xt, t).float())
+        with torch.enable_grad(): g = self.pull(self.model if y is None else _Told(self.model, y), xt, t).detach().float()
+        if g.shape != xt.shape:
+            raise ValueError(f"{type(self.pull).__name__} must give a gradient of shape {tuple(xt.shape)}, got {tuple(g.shape)}")
+        g = _or_0(g)
         s, n = amplitudes(t.cpu(), self.abar.double())
         step = (_by_row(w)*n*n/s).clamp(-1e30, 1e30).to(g)
         far = torch.where(g == 0, 0, step*g)   # in x0_hat
@@ -206,7 +216,7 @@ def guided(
 def as_mean_shift(
     scale:float,   # w of the mean's form
     recipe:Recipe, # of the model
-    levels:Sequence[int]|None=None, # the sampler's noise levels, such as `scheduler.timesteps`; None: all
+    levels:Sequence[int]|None=None, # exactly the sampler's noise levels, such as `scheduler.timesteps`; None: all
 )->Callable[[Tensor],Tensor]: # (n,) levels -> (n,) scales of the epsilon form
     "Scales with which the epsilon form, unclipped, shifts an ancestral step's mean by w*Sigma_t*grad (Dhariwal and Nichol 2021)."
     at = torch.arange(recipe.T) if levels is None else torch.as_tensor(levels).long().unique()
@@ -324,7 +334,7 @@ class Aside(Pull):
         seed:int=0,  # of the order
     ):
         super().__init__()
-        self.pull, self.seed = pull, check_int(seed, 'seed')
+        self.pull, self.seed = _check_pull(pull), check_int(seed, 'seed')
 
     def forward(self,
         model:nn.Module, # as for `pull`

@@ -71,6 +71,12 @@ def test_what_counts_is_chosen_and_counts_no_longer_than_the_context():
     assert calls[0] == 20 and not any(v._forward_hooks for v in g.modules())
 
 
+def test_a_guidance_classifier_judges_no_images():
+    c = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8)
+    for f in (by_classifier, by_verdict, lambda c: keep(net(), c, 0.), lambda c: best_of(net(), c)):
+        with pytest.raises(TypeError, match="noise level"): f(c)
+
+
 def test_a_model_must_be_one():
     with pytest.raises(TypeError, match="recipe"): keep(torch.nn.Linear(2, 2), brightness, 0.)
 

@@ -11,6 +11,7 @@ from rulediff_nb.core import row_noise
 from rulediff_nb.guide import (
     AtClean,
     Aside,
+    Guided,
     GuidedPipeline,
     Oracle,
     Pull,
@@ -161,6 +162,30 @@ def test_what_pulls_is_climbed(kind):
     step = 1e-2/g.flatten(1).norm(dim=1)
     with torch.no_grad(): gain = log_p(x + step.view(-1, 1, 1, 1)*g) - log_p(x)
     assert torch.allclose(gain, 1e-2*g.flatten(1).norm(dim=1), rtol=.2, atol=1e-6) and (gain > 0).all()
+
+
+class Darker(Pull):
+    "A reader's own pull, which does not care whether gradients are on."
+    def forward(self, model, xt, t):
+        x = xt.detach().requires_grad_()
+        return torch.autograd.grad(-x.square().sum(), x, create_graph=True)[0]
+
+
+def test_an_own_pull_may_differentiate():
+    x = sample(guided(net(), Darker(), .5), 2, 3)
+    assert (x - sample(net(), 2, 3)).abs().max() > .01 and not x.requires_grad
+
+
+@pytest.mark.parametrize("g", [torch.zeros(2), torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 32, 32)])
+def test_a_gradient_of_another_shape_is_refused(g):
+    class Odd(Pull):
+        def forward(self, model, xt, t): return g
+    with pytest.raises(ValueError, match=r"Odd must give a gradient of shape \(2, 3, 32, 32\), got"): sample(guided(net(), Odd(), 1.), 2, 3)
+
+
+@pytest.mark.parametrize("make", [Aside, lambda c: Guided(net(), c, 1.)])
+def test_what_pulls_is_a_pull(make):
+    with pytest.raises(TypeError, match="Towards"): make(clf())
 
 
 def test_a_gradient_that_is_not_finite_pulls_nothing():
