@@ -2,9 +2,9 @@
 
 Two stages. `sweep` measures scales and courses at 256 images of one noise seed, with the shipped classifiers, and writes
 results/guidance/sweep.csv; `table` takes the best setting of each method from it and measures it at 1024 images of three other seeds,
-each with classifiers trained on that seed, and writes results/guidance/table.csv. All at 25 ancestral steps, which are as good as 50 here
-(results/sampling). A line that stands in its file is not measured again, so the command may be stopped at any time. What has to be
-trained is trained once and kept in runs/guidance.
+each with classifiers trained on that seed, and writes results/guidance/table.csv. All at 25 ancestral steps, which were as good as 50
+in two worlds (results/sampling). A line that stands in its file is not measured again, so the command may be stopped at any time. What
+has to be trained is trained once and kept in runs/guidance.
 """
 import argparse
 import math
@@ -62,7 +62,8 @@ COLUMNS = ("yield_", "coarse", "rule_error", "rule_gap", "error_px", "within_5",
            "copies")
 FULL = "sun_shadow_free", "two_circles"   # worlds of which every method is measured; of the others those that decide
 DECIDE = "none", "classifier", "classifier at x0_hat", "oracle", "filter: verdict", "filter: ruler, best of"
-CONTROLS = {"shuffled labels": "classifier", "shuffled pixels": "classifier", "shuffled labels at x0_hat": "classifier at x0_hat"}
+CONTROLS = {f"shuffled {what}{at}": f"classifier{at}" for at in ("", " at x0_hat") for what in ("labels", "pixels")}
+SWEPT_ONLY = "classifier, 250 steps", "classifier, 4000 steps, at x0_hat"   # to compare trainings
 POOL = 4   # unguided images drawn for each one asked for: filters choose among them
 
 
@@ -90,6 +91,7 @@ GUIDES = [
     *(Setting("classifier, 250 steps", v) for v in (2., 8.)), *(Setting("classifier, 4000 steps", v) for v in (2., 8., 16.)),
     *(Setting("classifier, 4000 steps, at x0_hat", v, "below_1") for v in (4., 16.)),
     *(Setting("shuffled labels", v) for v in (2., 8.)), Setting("shuffled labels at x0_hat", 16., "below_1"),
+    Setting("shuffled pixels at x0_hat", 16., "below_1"),
     *(Setting("shuffled pixels", v) for v in (2., 8.))]
 PULLS = {   # by method: the network it needs, and what pulls
     "classifier": ("classifier", lambda clf, seed: Towards(clf)), "classifier at x0_hat": ("classifier", lambda clf, seed: AtClean(clf)),
@@ -98,7 +100,8 @@ PULLS = {   # by method: the network it needs, and what pulls
     "classifier, 4000 steps, at x0_hat": ("classifier 4000", lambda clf, seed: AtClean(clf)),
     "regressor": ("regressor", lambda clf, seed: Regressed(clf)), "shuffled labels": ("shuffled", lambda clf, seed: Towards(clf)),
     "shuffled labels at x0_hat": ("shuffled", lambda clf, seed: AtClean(clf)),
-    "shuffled pixels": ("classifier", lambda clf, seed: Aside(Towards(clf), seed))}
+    "shuffled pixels": ("classifier", lambda clf, seed: Aside(Towards(clf), seed)),
+    "shuffled pixels at x0_hat": ("classifier", lambda clf, seed: Aside(AtClean(clf), seed))}
 FILTERS = [Setting("none", 0.), Setting("filter: verdict", 1.), *(Setting("filter: ruler, best of", float(k)) for k in (2, 4))]
 
 
@@ -245,13 +248,13 @@ def best(rows, task, palette):
     """Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take those of what they control.
 
     Where that one's coverage is beyond what real images and no guidance reach, also the setting with the lowest rule_gap within.
-    Of the classifier-free model scales above 1, since up to 1 nothing is pushed. The least trained classifier is for the sweep alone.
+    Of the classifier-free model scales above 1, since up to 1 nothing is pushed.
     """
     here = [r for r in rows if (r["task"], r["palette"]) == (task, palette)]
     reach = [r["coverage_real_high"] for r in here] + [r["coverage"] for r in here if r["method"] == "none"]
     limit = max(filter(is_number, reach), default=0.)
     mine = [r for r in here if r["gradients"] + (r["method"] == "classifier-free")]
-    for method in dict.fromkeys(r["method"] for r in mine if r["method"] != "classifier, 250 steps"):
+    for method in dict.fromkeys(r["method"] for r in mine if r["method"] not in SWEPT_ONLY):
         like = CONTROLS.get(method, method)
         pushed = [r for r in mine if r["method"] == like and (like != "classifier-free" or r["scale"] > 1)]
         ranked = sorted(pushed, key=lambda r: r["rule_gap"])
