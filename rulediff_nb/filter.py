@@ -1,4 +1,4 @@
-"""A filter keeps the rule as well as its judge knows it and no better, and it pays in network calls and in coverage.
+"""A filter keeps the rule as well as its judge knows it and no better; it pays in network calls, and in some worlds in coverage.
 
 Docs: https://rulediff.github.io/rulediff_nb/filter.html.md"""
 
