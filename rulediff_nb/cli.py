@@ -623,7 +623,12 @@ def main(
     command = COMMANDS[argv[0]]
     parser = anno_parser(command, prog=f'rulediff {argv[0]}')
     args = vars(parser.parse_args(_spelled(argv[1:], parser.format_usage())))
-    try: command(**{k: v for k, v in args.items() if k not in ('pdb', 'xtra')})
+    try:
+        command(**{k: v for k, v in args.items() if k not in ('pdb', 'xtra')})
+        sys.stdout.flush()
+    except BrokenPipeError:   # whoever read this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         print(f'rulediff {argv[0]}: {e}', file=sys.stderr)
         return 1

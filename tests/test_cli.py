@@ -235,6 +235,14 @@ def test_an_interrupted_demo(tmp_path):
     assert p.returncode == 130 and "interrupted" in err and "Traceback" not in err and not list((tmp_path/"d").iterdir())
 
 
+def test_a_reader_that_leaves_is_no_error():
+    report = "import sys; from rulediff_nb.cli import main; sys.exit(main(['report', '--table', 'guidance']))"
+    p = subprocess.Popen([sys.executable, "-c", report], cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.stderr.read() == "" and p.wait(timeout=120) == 141
+
+
 # ---------------------------------------------------------------- train
 
 @pytest.fixture
