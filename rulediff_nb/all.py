@@ -1,13 +1,35 @@
-"Everything a reader types, in one import."
-from rulediff_nb.classifier import *
-from rulediff_nb.core import *
-from rulediff_nb.features import *
-from rulediff_nb.filter import *
-from rulediff_nb.guide import *
-from rulediff_nb.metrics import *
-from rulediff_nb.sample import *
-from rulediff_nb.schedule import *
-from rulediff_nb.store import *
-from rulediff_nb.tasks import *
-from rulediff_nb.train import *
-from rulediff_nb.unet import *
+"Everything a reader types, in one import; the modules hold the rest."
+from rulediff_nb.classifier import (
+    RuleClassifier,
+    classifier,
+    contrastive,
+    fit_classifier,
+    fit_pixels,
+    load_classifier,
+    pixel_classifier,
+)
+from rulediff_nb.core import default_device, explore, from_bytes, progress, range_known, row_noise, show, to_8bit, to_bytes
+from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep
+from rulediff_nb.guide import (
+    ClassifierGuidance,
+    CleanGuidance,
+    Guidance,
+    GuidedPipeline,
+    Oracle,
+    RegressorGuidance,
+    ShuffledGuidance,
+    classifier_free,
+    guided,
+    interval_scale,
+    last_scale,
+    rising_scale,
+)
+from rulediff_nb.metrics import RuleReport, measure, rule_report
+from rulediff_nb.sample import ExactDenoiser, as_pipeline, load_pretrained, sample, sample_steps
+from rulediff_nb.schedule import add_noise, noise_schedule, snr, solve, target
+from rulediff_nb.store import StoreError
+from rulediff_nb.tasks import TASKS, Perspective, SunShadow, Task, TwoCircles, TwoSquares, check_task, get_task, register
+from rulediff_nb.train import fit, train, train_steps
+from rulediff_nb.unet import PRESETS, Recipe, RuleUNet, recipe, unet
+
+__all__ = [name for name in dir() if not name.startswith('_')]

@@ -7,8 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['SCHEMA', 'SHOWN', 'DEMO_SEED', 'DEMO_SCALE', 'REPORT', 'KEPT', 'RESULTS', 'STORED', 'ENDINGS', 'SIZES', 'LIBRARIES',
            'COMMANDS', 'Line', 'report_lines', 'text_table', 'csv_table', 'check_folder', 'draw', 'measure_model',
-           'readable_sides', 'demo', 'save_demo', 'train', 'parse_change', 'changes', 'leg', 'begin', 'release', 'grid',
-           'Stored', 'stored_report', 'Problem', 'Images', 'read_images', 'load_images', 'markdown_report',
+           'readable_sides', 'demo', 'save_demo', 'train', 'parse_change', 'changes', 'stage', 'begin', 'release',
+           'grid', 'Stored', 'stored_report', 'Problem', 'Images', 'read_images', 'load_images', 'markdown_report',
            'image_table', 'report', 'doctor', 'main']
 
 # %% ../nbs/90_cli.ipynb #f4308eb7
@@ -41,24 +41,24 @@ from .unet import PRESETS, Recipe, RuleUNet, grow, unet
 
 # %% ../nbs/90_cli.ipynb #defaba4a
 SCHEMA = 1   # version of the columns below
-SHOWN = ('yield_', 'coarse', 'rule_gap', 'error_px', 'bias', 'spread', 'slope', 'rho', 'r2_rule', 'within_5', 'coverage', 'copies')
+SHOWN = ('readable', 'coarse', 'rule_gap', 'error_px', 'bias', 'spread', 'slope', 'rho', 'r2_rule', 'within_5', 'marginals', 'memorized')
 
 class Line(NamedTuple):
     "One line of a result table."
-    world:str   # task and palette
+    task:str   # task and palette
     what:str    # "floor", "model" or "chance"
     n:int       # images
     values:dict # one number per key of `SHOWN`, None: not measured
 
 def report_lines(
-    world:str,         # a name for the first column
+    task:str,         # a name for the first column
     report:RuleReport, # what was measured
     what:str='model',  # what the images are
 )->list[Line]:         # floor, the images, chance
     "Three lines: the images between their floor and their chance."
     def pick(field): return {k: getattr(report.rows[k], field) for k in SHOWN}
     fields = {'floor': 'floor', what: 'value', 'chance': 'chance'}
-    return [Line(world, name, report.n, pick(field)) for name, field in fields.items()]
+    return [Line(task, name, report.n, pick(field)) for name, field in fields.items()]
 
 def _cell(
     v:float|None, # a number or none
@@ -79,7 +79,7 @@ def text_table(
     lines:list[Line], # any number
 )->str:               # for a terminal
     "Lines as aligned text."
-    cells = [('world', 'images', *SHOWN)] + [(v.world, v.what, *(_cell(v.values[k], '.3f') or '-' for k in SHOWN)) for v in lines]
+    cells = [('task', 'images', *SHOWN)] + [(v.task, v.what, *(_cell(v.values[k], '.3f') or '-' for k in SHOWN)) for v in lines]
     return _aligned(cells, 2)
 
 def csv_table(
@@ -88,13 +88,13 @@ def csv_table(
     "Lines as CSV; the first column is the schema version."
     out = io.StringIO()
     w = csv.writer(out, lineterminator='\n')
-    w.writerow(('schema', 'world', 'images', 'n', *SHOWN))
-    for v in lines: w.writerow((SCHEMA, v.world, v.what, v.n, *(_cell(v.values[k], '.6g') for k in SHOWN)))
+    w.writerow(('schema', 'task', 'images', 'n', *SHOWN))
+    for v in lines: w.writerow((SCHEMA, v.task, v.what, v.n, *(_cell(v.values[k], '.6g') for k in SHOWN)))
     return out.getvalue()
 
 # %% ../nbs/90_cli.ipynb #a89e826b
 DEMO_SEED = 20_251  # of the demo alone: no recipe is compared on it
-DEMO_SCALE = 4.     # of guidance by the classifiers; in the sweep of 13_guide near the best of both worlds
+DEMO_SCALE = 4.     # of guidance by the classifiers; in the sweep of 13_guide near the best of both tasks
 
 def check_folder(
     folder:str|Path, # where results shall go
@@ -107,7 +107,7 @@ def check_folder(
 def draw(
     model:RuleUNet, # trained
     n:int,          # images
-    steps:int,      # network calls
+    steps:int,      # network evaluations
     eta:float,      # 0: no fresh noise, 1: as much as the ancestral sampler
     seed:int,       # row i's noise depends on (seed, i) alone
     label:str,      # what the progress bar says
@@ -120,15 +120,15 @@ def draw(
 def measure_model(
     model:RuleUNet, # with its manifest
     n:int,          # images
-    steps:int,      # network calls
+    steps:int,      # network evaluations
     eta:float,      # fresh noise, see `draw`
     seed:int,       # of the noise
     drawn_by:torch.nn.Module|None=None, # what draws instead, such as the model guided
 )->tuple[Tensor,RuleReport]: # images and what they measure
     "Sample from a model and measure beside its own training set."
-    m, world = model.manifest, model.recipe.world
-    x = draw(drawn_by or model, n, steps, eta, seed, f'{world.name} {world.palette}' + ' guided'*bool(drawn_by))
-    with range_known(): return x, rule_report(world, x.cpu(), train=world.sample(m['images_in_set'], m['set_seed'])[0])
+    m, task = model.manifest, model.recipe.task
+    x = draw(drawn_by or model, n, steps, eta, seed, f'{task.name} {task.palette}' + ' guided'*bool(drawn_by))
+    with range_known(): return x, rule_report(task, x.cpu(), train=task.sample(m['images_in_set'], m['set_seed'])[0])
 
 def readable_sides(
     m:Measured, # of n images
@@ -138,7 +138,7 @@ def readable_sides(
 
 def demo(
     n:int=160,            # images per model
-    steps:int=25,         # network calls per image
+    steps:int=25,         # network evaluations per image
     eta:float=1.,         # fresh noise: 0 none, 1 as much as the ancestral sampler
     seed:int=DEMO_SEED,   # of the noise
     scale:float=DEMO_SCALE, # of the guidance by the shipped classifiers; 0: no guided rows
@@ -155,15 +155,15 @@ def demo(
         name, palette = key.rsplit('-', 1)
         model = load_pretrained(name, palette, device=default_device())
         x, report = measure_model(model, n, steps, eta, seed)
-        world = model.recipe.world
+        task = model.recipe.task
         lines += report_lines(f'{name} {palette}', report)
         if scale and f'{key}-classifier' in guides:
-            pulled = guided(model, load_classifier(name, palette, device=default_device()), scale)
-            lines.insert(-1, report_lines(f'{name} {palette}', measure_model(model, n, steps, eta, seed, pulled)[1], 'guided')[1])
-        sides, floor = (readable_sides(m) for m in (measured(world, report.features), real_images(world, n).floor))
+            with_guidance = guided(model, load_classifier(name, palette, device=default_device()), scale)
+            lines.insert(-1, report_lines(f'{name} {palette}', measure_model(model, n, steps, eta, seed, with_guidance)[1], 'guided')[1])
+        sides, floor = (readable_sides(m) for m in (measured(task, report.features), real_images(task, n).floor))
         panels.append(Panel(f'{name} {palette}', x, sides, floor))
     took = f'{time.perf_counter() - start:.0f} s on {platform.machine()}, {default_device().type}, {torch.get_num_threads()} threads'
-    head = f'{n} images per model, {steps} network calls per image, eta {eta:g}, seed {seed}, guidance {scale:g}; {took}'
+    head = f'{n} images per model, {steps} network evaluations per image, eta {eta:g}, seed {seed}, guidance {scale:g}; {took}'
     print(f'{head}\n\n{text_table(lines)}')
     save_demo(folder, head, lines, panels)
     print(f"\nwritten: {', '.join(str(folder/f'demo.{e}') for e in ('png', 'txt', 'csv'))}")
@@ -185,9 +185,9 @@ def save_demo(
 REPORT = dict(n=1024, steps=50, eta=1., seed=777)  # how a manifest's report is measured
 
 def train(
-    task:str,              # one of the known worlds
-    palette:str='pure',    # "pure" or "paper"
-    preset:str='laptop',   # "laptop" or "paper"
+    task:str,              # one of the known tasks
+    palette:str='fixed',    # "fixed" or "random"
+    preset:str='laptop',   # "laptop" or "published"
     steps:int=5000,        # length of the run; a run that was stopped resumes where it stood
     n:int=0,               # images in the training set, 0: as many as the study used
     seed:int=0,            # of training set, initial weights, batches and noise
@@ -200,15 +200,15 @@ def train(
     change:str='',         # other fields of the recipe, such as "batch=64 betas=cosine"
     compiled:bool=False,   # through torch.compile: half a minute to begin with, faster after it
 ):
-    "Train a model on a world, resuming a checkpoint of the same run, and write weights with a manifest."
-    world = get_task(task, palette=palette)
+    "Train a model on a task, resuming a checkpoint of the same run, and write weights with a manifest."
+    task = get_task(task, palette=palette)
     check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(score, 'score', 64)
-    x0, _ = world.sample(check_int(n, 'n') or world.paper_n, seed)
+    x0, _ = task.sample(check_int(n, 'n') or task.paper_n, seed)
     fields, here = changes(preset, lr, attention) | parse_change(change), PartialState()
-    model, remarks, batches = begin(unet(preset, world, seed, **fields), seed, start)
+    model, remarks, batches = begin(unet(preset, task, seed, **fields), seed, start)
     tail = f'-after-{remarks["before"]}-{remarks["start_sha256"][:8]}' if start else ''
     if fields: tail += f'-{content_hash({}, fields)[:8]}'
-    folder = check_folder(Path(out)/f'{world.name}-{palette}-{preset}-{steps}-{seed}{tail}')
+    folder = check_folder(Path(out)/f'{task.name}-{palette}-{preset}-{steps}-{seed}{tail}')
     work = train_steps(model.to(here.device), x0, folder, steps, batches, remarks=remarks, compiled=compiled)
     for s in progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}') if here.is_main_process else work:
         if s.step % 100 or not here.is_main_process: continue
@@ -219,26 +219,26 @@ def parse_change(
     text:str, # such as "lr=1e-3 attention=False,True,True"
 )->dict:      # fields of `Recipe` with values of their kinds
     "Read changes of a recipe from a line; ValueError names what is no field or no value."
-    kinds = {k: type(v) for k, v in Recipe().to_dict().items()}
+    types = {k: type(v) for k, v in Recipe().to_dict().items()}
     parts = [part.partition('=') for part in text.split()]
     for name, eq, value in parts:
-        if not eq or name not in kinds: raise ValueError(f"{name + eq + value!r} is no FIELD=VALUE with one of {', '.join(kinds)}")
-    return {name: _value(value, kinds[name], name) for name, _, value in parts}
+        if not eq or name not in types: raise ValueError(f"{name + eq + value!r} is no FIELD=VALUE with one of {', '.join(types)}")
+    return {name: _value(value, types[name], name) for name, _, value in parts}
 
 def _value(
     text:str, # one value, or several between commas
-    kind:type, # bool, int, float, str or list
+    want:type, # bool, int, float, str or list
     name:str, # of the field, for the message
 )->object:    # the value
     "Read one value of a kind; ValueError if it is of another."
-    if kind is str: return text
+    if want is str: return text
     try: values = tuple(literal_eval(v.strip().capitalize()) for v in text.split(','))
     except (ValueError, SyntaxError): values = ()
-    if kind is list and values: return values
-    fits = (int, float) if kind is float else kind
-    if len(values) != 1 or not isinstance(values[0], fits) or isinstance(values[0], bool) != (kind is bool):
-        raise ValueError(f"{name} must be a {kind.__name__}, got {text!r}")
-    return kind(values[0])
+    if want is list and values: return values
+    fits = (int, float) if want is float else want
+    if len(values) != 1 or not isinstance(values[0], fits) or isinstance(values[0], bool) != (want is bool):
+        raise ValueError(f"{name} must be a {want.__name__}, got {text!r}")
+    return want(values[0])
 
 def changes(
     preset:str,     # a key of `PRESETS`
@@ -250,10 +250,10 @@ def changes(
     levels = len(PRESETS[preset].channels) if preset in PRESETS else 1   # an unknown preset is named by `unet`
     return (dict(lr=lr) if lr else {}) | (dict(attention=(False,) + (True,)*(levels - 1)) if attention else {})
 
-KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'legs', 'start_sha256', 'images_in_set', 'images_sha256', 'seconds',
+KEPT = ('recipe', 'seed', 'set_seed', 'steps', 'before', 'stages', 'start_sha256', 'images_in_set', 'images_sha256', 'seconds',
         'hardware', 'torch', 'diffusers', 'revision')  # what a manifest takes over from the checkpoint
 
-def leg(
+def stage(
     meta:dict, # a finished run's checkpoint's description
 )->dict:       # steps, images, seconds, learning rate and code of this run alone
     "One of the runs that some weights went through."
@@ -266,14 +266,14 @@ def begin(
     start:str,      # folder of a finished run; empty: from nothing
 )->tuple[RuleUNet,dict,int]: # the model, remarks for the checkpoint, seed of the batches
     "Set the weights that a run begins with; steps `before` it are counted, and its batches are new ones."
-    if not start: return model, dict(set_seed=seed, before=0, legs=[]), seed
+    if not start: return model, dict(set_seed=seed, before=0, stages=[]), seed
     kept, meta = run_weights(start)
     old, new = Recipe.from_dict(meta['recipe']).network(), model.recipe.network()
-    if old | dict(attention=new['attention']) != new: raise StoreError(f"{start} holds another network, or another world")
+    if old | dict(attention=new['attention']) != new: raise StoreError(f"{start} holds another network, or another task")
     try: grow(model, kept)
     except ValueError as e: raise StoreError(f"{start}: {e}") from e
     before = meta['before'] + meta['steps']
-    remarks = dict(set_seed=seed, before=before, legs=[*meta['legs'], leg(meta)], start_sha256=content_hash(kept, {}))
+    remarks = dict(set_seed=seed, before=before, stages=[*meta['stages'], stage(meta)], start_sha256=content_hash(kept, {}))
     return model, remarks, int(row_generator(seed, before, stream=11).integers(2**62))
 
 def release(
@@ -285,13 +285,13 @@ def release(
     kept, meta = run_weights(folder)
     model = RuleUNet(meta['recipe'])
     model.load_state_dict({k: v.half().float() for k, v in kept.items()})   # measured as shipped
-    model.manifest, world = meta, model.recipe.world
+    model.manifest, task = meta, model.recipe.task
     _, report = measure_model(model.to(default_device()).eval(), **how)
     said = {k: meta[k] for k in KEPT if k in meta}
-    seen = sum(v['images'] for v in (*meta['legs'], leg(meta)))
+    seen = sum(v['images'] for v in (*meta['stages'], stage(meta)))
     said |= dict(images_seen=seen, report=dict(how, rows=report.to_dict()))
     print(report)
-    return save_release(weights, f'{world.name}-{world.palette}', kept, said)
+    return save_release(weights, f'{task.name}-{task.palette}', kept, said)
 
 # %% ../nbs/90_cli.ipynb #a71c20e2
 def _words(
@@ -309,9 +309,9 @@ def _numbers(
     except ValueError: raise ValueError(f"{name} must be whole numbers between commas, got {text!r}") from None
 
 def grid(
-    tasks:str,             # worlds, between commas
-    palettes:str='pure',   # "pure", "paper" or both, between commas
-    presets:str='laptop',  # "laptop", "paper" or both, between commas
+    tasks:str,             # tasks, between commas
+    palettes:str='fixed',   # "fixed", "random" or both, between commas
+    presets:str='laptop',  # "laptop", "published" or both, between commas
     changes:str='',        # changed recipes between semicolons, such as ";lr=1e-3;batch=64 lr=2e-3"; an empty one is the preset
     steps:str='1000',      # lengths, between commas
     seeds:str='0,1',       # between commas
@@ -322,14 +322,14 @@ def grid(
     engine:str='loky',     # "loky": processes of this machine; "dask" or "ray": a cluster
     address:str='',        # of the cluster's scheduler; empty: one is started on this machine
 ):
-    "Train every combination of worlds, recipes, lengths and seeds, and write a table; a stopped grid goes on."
+    "Train every combination of tasks, recipes, lengths and seeds, and write a table; a stopped grid goes on."
     fields = [parse_change(c) for c in changes.split(';')]
     plan = jobs(_words(tasks), _words(palettes), _words(presets), fields, _numbers(steps, 'steps'), _numbers(seeds, 'seeds'), n)
     rows, folder = run_grid(plan, check_folder(out), workers, engine, address, images), Path(out)
     bad = 0
     for row in progress(rows, len(plan), out):
         bad += 'error' in row
-        said = row.get('error') or f"yield_ {row['yield_']:.3f}, coarse {row['coarse']:.3f}, rule_gap {row['rule_gap']:.3f}"
+        said = row.get('error') or f"readable {row['readable']:.3f}, coarse {row['coarse']:.3f}, rule_gap {row['rule_gap']:.3f}"
         print(f"{row['task']} {row['palette']} {row['label']}, {row['steps']} steps, seed {row['seed']}: {said}", flush=True)
     print(f"written: {folder/'grid.csv'}")
     if bad: raise ValueError(f"{bad} of {len(plan)} runs failed; their errors are in {folder/'grid.csv'}")
@@ -344,21 +344,21 @@ class Stored(NamedTuple):
     keys:tuple[str,...]  # columns that name a setting; what differs within one are its seeds
     names:tuple[str,...] # numbers, the headline first
 
-_SETTING, _GAPS = ('task', 'palette', 'method', 'scale', 'when', 'images'), ('rule_gap', 'yield_', 'coarse', 'error_px')
+_SETTING, _GAPS = ('task', 'palette', 'method', 'scale', 'when', 'images'), ('rule_gap', 'readable', 'coarse', 'error_px')
 STORED = dict(
     guidance=Stored('guidance/table.csv', 'make guidance', _SETTING,
-                    (*_GAPS, 'bias', 'spread', 'slope', 'rho', 'coverage', 'copies', 'calls', 'gradients', 'relative', 'of_oracle')),
-    sweep=Stored('guidance/sweep.csv', 'make guidance', _SETTING, (*_GAPS, 'spread', 'coverage', 'calls', 'gradients', 'relative')),
+                    (*_GAPS, 'bias', 'spread', 'slope', 'rho', 'marginals', 'memorized', 'nfe', 'gradients', 'relative', 'of_oracle')),
+    sweep=Stored('guidance/sweep.csv', 'make guidance', _SETTING, (*_GAPS, 'spread', 'marginals', 'nfe', 'gradients', 'relative')),
     pixels=Stored('classifiers/pixels.csv', 'make classifiers', ('task', 'palette', 'net', 'epochs'),
                   ('accuracy', 'accuracy_settled', 'cpu_seconds')),
     levels=Stored('classifiers/levels.csv', 'make classifiers', ('task', 'palette', 'margin_px', 'sigma'), ('accuracy', 'bound')),
     calibration=Stored('classifiers/calibration.csv', 'make classifiers', ('task', 'palette', 'sigma'),
                        ('calibration', 'calibration_floor')),
     regress=Stored('classifiers/regress.csv', 'make classifiers', ('task', 'palette', 'sigma'), ('r2', 'mean_z2')),
-    sampling=Stored('sampling/sampling.csv', 'make sampling', ('world', 'palette', 'scheduler', 'steps', 'eta', 'clip', 'n'), _GAPS),
+    sampling=Stored('sampling/sampling.csv', 'make sampling', ('task', 'palette', 'scheduler', 'steps', 'eta', 'clip', 'n'), _GAPS),
     recipes=Stored('recipes/recipes.csv', 'make recipes', ('task', 'palette', 'label', 'steps'), (*_GAPS, 'cpu_seconds')),
     curves=Stored('curves/curves.csv', 'make curves', ('task', 'palette', 'label', 'seen'), (*_GAPS, 'seconds')),
-    certificate=Stored('certificate/certificate.csv', 'make certificate', ('world', 'palette', 'kind', 'amount'),
+    certificate=Stored('certificate/certificate.csv', 'make certificate', ('task', 'palette', 'kind', 'amount'),
                        ('within_1', 'readable', 'within_5', 'bias')))
 
 def stored_report(
@@ -406,7 +406,7 @@ def _unfit(
     if mode in ('1', 'L', 'LA', 'La'): return f"is greyscale (mode {mode}): the ruler tells objects apart by their colours"
     if mode not in ('RGB', 'RGBA', 'RGBa', 'RGBX', 'P', 'PA'): return f"has mode {mode}, wanted RGB"
     if w != h: return f"is {w}x{h}, wanted a square"
-    return '' if SIZES[0] <= w <= SIZES[1] else f"is {w}x{h}: a world has {SIZES[0]} to {SIZES[1]} pixels a side"
+    return '' if SIZES[0] <= w <= SIZES[1] else f"is {w}x{h}: a task has {SIZES[0]} to {SIZES[1]} pixels a side"
 
 def _flat(
     img:Image.Image, # of one of the modes that `_unfit` lets pass
@@ -517,7 +517,7 @@ def markdown_report(
     return '\n'.join(lines) + '\n'
 
 def image_table(
-    task:Task,    # the world
+    task:Task,    # the task
     found:Images, # what was read
     f:NamedTuple, # what the ruler says of each image, such as a report's `features`
 )->str:           # CSV, lengths in pixels; empty where nothing was measured
@@ -542,16 +542,16 @@ def _ending(
     return Path(path).suffix.lower()[1:]
 
 def report(
-    task:str='',        # one of the known worlds
+    task:str='',        # one of the known tasks
     images:str='',      # a folder of images (16 to 256 pixels a side), or an .npz file
-    palette:str='paper', # "pure" if the colours are the fixed ones
+    palette:str='fixed', # "random" for random HSV colours as published
     out:str='',         # a .csv or .md file to write; empty: none
     per_image:str='',   # a .csv file with a row per image; empty: none
     strict:bool=False,  # stop at the first file that cannot be used
     table:str='',       # print a stored table instead; with nothing said at all: guidance
     results:str='',     # folder of the stored tables; empty: the project's
 ):
-    "Measure a reader's own images with a world's ruler; files that cannot be used are named and counted. Or print a stored table."
+    "Measure a reader's own images with a task's ruler; files that cannot be used are named and counted. Or print a stored table."
     if table and (task or images): raise ValueError('report measures images (--task, --images) or prints a table (--table), not both')
     folder = Path(results or RESULTS)
     if table or not task and not images and (folder/STORED['guidance'].file).exists():
@@ -559,14 +559,14 @@ def report(
         return
     if not task or not images: raise ValueError('report wants --task and --images, as in: rulediff report --task two_squares --images DIR')
     kind, _ = _ending(out, '--out', '.csv', '.md'), _ending(per_image, '--per-image', '.csv')
-    world, found = get_task(task, palette=palette), read_images(images, strict)
+    meant, found = get_task(task, palette=palette), read_images(images, strict)
     for line in (*found.notes, *(' '.join(p) for p in found.problems)): print(f'rulediff report: {line}', file=sys.stderr)
-    world = world.with_(size=found.x.shape[-1])
-    r = rule_report(world, found.x)
+    meant = meant.with_(size=found.x.shape[-1])
+    r = rule_report(meant, found.x)
     print(r, _counted(found) + (':' if found.problems else ''), *(f'  {p.name} {p.why}' for p in found.problems), sep='\n')
     if kind == 'csv': write_atomic(out, csv_table(report_lines(f'{task} {palette}', r, 'images')).encode())
     if kind == 'md': write_atomic(out, markdown_report(r, found).encode())
-    if per_image: write_atomic(per_image, image_table(world, found, r.features).encode())
+    if per_image: write_atomic(per_image, image_table(meant, found, r.features).encode())
 
 # %% ../nbs/90_cli.ipynb #0f612737
 LIBRARIES = ('torch', 'numpy', 'diffusers', 'safetensors', 'huggingface_hub', 'fastcore', 'matplotlib', 'ipywidgets')

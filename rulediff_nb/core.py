@@ -106,7 +106,7 @@ def check_range(
     low, high = x.nan_to_num(0., 0., 0.).aminmax()
     if high > 1.5 or low < -1.5:
         raise ValueError(f"images must be in [-1,1], got [{low:.3g}, {high:.3g}]; for 0..255 use x/127.5 - 1")
-    if 0 <= low < .3 and high - low > 1e-3 and not _RANGE_KNOWN.get():   # drawn worlds in 0..1 go below .3
+    if 0 <= low < .3 and high - low > 1e-3 and not _RANGE_KNOWN.get():   # drawn tasks in 0..1 go below .3
         msg = f"images must be in [-1,1], but none of {len(x)} goes below {low:.3g}; for 0..1 use 2*x - 1, " \
               'for a model\'s pale samples measure them inside "with range_known():"'
         if len(x) >= 8: raise ValueError(msg)
@@ -206,7 +206,7 @@ def plot_rule(
 # %% ../nbs/00_core.ipynb #7df7b258
 class Panel(NamedTuple):
     "One column of `plot_panels`."
-    title:str               # name of the world
+    title:str               # name of the task
     images:Tensor           # (n,3,s,s) in [-1,1]; the first 16 are shown
     sides:tuple[Tensor,Tensor] # a and b of the images, NaN where they cannot be read
     floor:tuple[Tensor,Tensor] # a and b of real images

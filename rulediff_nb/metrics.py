@@ -6,8 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['FLOOR_SEED', 'ROWS', 'Measured', 'measured', 'measure', 'rule_errors', 'statistics', 'Real', 'permuted',
-           'real_images', 'gap', 'tercile_gaps', 'ks_distance', 'class_distance', 'factor_table', 'Coverage',
-           'coverage', 'nearest', 'copies', 'bootstrap', 'share_interval', 'interval', 'Value', 'RuleReport',
+           'real_images', 'gap', 'tercile_gaps', 'ks_distance', 'class_distance', 'factor_table', 'Marginals',
+           'marginals', 'nearest', 'memorized', 'bootstrap', 'share_interval', 'interval', 'Value', 'RuleReport',
            'rule_report']
 
 # %% ../nbs/03_metrics.ipynb #10b36236
@@ -35,7 +35,7 @@ class Measured(NamedTuple):
     readable:Tensor  # (...,n) bool
 
 def measured(
-    task:Task,           # the world
+    task:Task,           # the task
     features:NamedTuple, # what the ruler read, or what a permutation made of it
 )->Measured:             # float64, sides clamped; unreadable rows hold 1
     "Turn features into the two sides of the rule."
@@ -46,7 +46,7 @@ def measured(
     return Measured(a.clamp(min=1e-6), b.clamp(min=1e-6), task.coarse(features) & ok, got, want, ok)
 
 def measure(
-    task:Task|str, # the world, or its name
+    task:Task|str, # the task, or its name
     x:Tensor,  # (n,3,s,s) in [-1,1]
 )->Measured:   # n rows
     "Read images, rounded to 8 bits, with the task's ruler."
@@ -96,7 +96,7 @@ def statistics(
     ok, log, off = m.readable, (m.b/m.a).log(), (m.measured - m.predicted).abs()*size
     bias = _quantile(log, ok, .5)
     close = ok & ((m.b/m.a - 1).abs() <= .05)
-    return dict(yield_=ok.double().mean(-1), coarse=m.coarse.double().mean(-1), rule_error=_mean(rule_errors(m), ok),
+    return dict(readable=ok.double().mean(-1), coarse=m.coarse.double().mean(-1), rule_error=_mean(rule_errors(m), ok),
                 error_px=_quantile(off, ok, .5), error_px_90=_quantile(off, ok, .9), within_5=close.double().mean(-1),
                 bias=bias, spread=1.4826*_quantile((log - bias[..., None]).abs(), ok, .5), **_line(m))
 
@@ -104,7 +104,7 @@ def statistics(
 FLOOR_SEED = 2**61 - 1   # seed of the fresh real images, far from any seed that a reader picks
 
 class Real(NamedTuple):
-    "What real images of a world measure."
+    "What real images of a task measure."
     floor:Measured      # n fresh images
     chance:Measured     # the same, dependent feature permuted
     features:NamedTuple # what the ruler read on the floor images
@@ -118,11 +118,11 @@ def _take(
     return type(f)(*(v[i] for v in f))
 
 def permuted(
-    task:Task,    # the world
+    task:Task,    # the task
     f:NamedTuple, # features of n images
     seed:int=FLOOR_SEED, # of the permutation
 )->NamedTuple:    # features without a rule
-    "Permute the dependent feature (sun worlds: and its side) across the readable images."
+    "Permute the dependent feature (sun tasks: and its side) across the readable images."
     ok = f.readable.nonzero().squeeze(1).cpu()
     order = torch.from_numpy(row_generator(seed, 0, stream=30).permutation(len(ok)))
     other = torch.arange(len(f.readable))
@@ -131,7 +131,7 @@ def permuted(
 
 @lru_cache(maxsize=16)
 def real_images(
-    task:Task, # the world
+    task:Task, # the task
     n:int,     # images
     seed:int=FLOOR_SEED, # of the fresh images
 )->Real:       # measured
@@ -155,7 +155,7 @@ def _gap_of(
     m:dict, floor:dict, chance:dict, # statistics
 )->Tensor:                           # rule_gap
     "rule_gap from three sets of statistics."
-    return gap(m['rule_error'], m['yield_'], floor['rule_error'], floor['yield_'], chance['rule_error'])
+    return gap(m['rule_error'], m['readable'], floor['rule_error'], floor['readable'], chance['rule_error'])
 
 def tercile_gaps(
     m:Measured, # the images
@@ -197,13 +197,13 @@ def class_distance(
     return torch.where(spread > 0, (p - q).abs()*math.sqrt(n*m)/((n + m)*spread.clamp(min=1e-12).sqrt()), 0.)
 
 def factor_table(
-    task:Task,    # the world
+    task:Task,    # the task
     f:NamedTuple, # features of n images
 )->dict[str,Tensor]: # name -> (readable images,)
-    "All factors that coverage may compare: geometry, and the colours where the palette varies."
+    "All factors that marginals may compare: geometry, and the colours where the palette varies."
     ok = f.readable
     out = {k: v[ok].double() for k, v in f._asdict().items() if k in task.Factors._fields and k != 'rgb'}
-    if task.palette == 'paper':
+    if task.palette == 'random':
         hsv = rgb_to_hsv(f.rgb[ok].double().clamp(0, 1))
         for i, name in enumerate(task.colours):
             out |= {f'{name} {c}': hsv[:, i, j] for j, c in enumerate(('hue', 'saturation', 'value'))}
@@ -216,18 +216,18 @@ def _distance(
     if set(y.flatten()[:64].sign().tolist()) == {-1., 1.} and y.abs().std() < 1e-9: return class_distance(x, y)
     return ks_distance(x, y, circular=name.endswith('hue'))
 
-class Coverage(NamedTuple):
+class Marginals(NamedTuple):
     "The factor that a model covers worst."
     value:float # its distance less the mean distance of real images
     high:float  # 97.5 % quantile of the same for real images: above this the model differs
     factor:str  # its name
 
-def coverage(
-    task:Task,    # the world
+def marginals(
+    task:Task,    # the task
     f:NamedTuple, # features of the images
     real:Real,    # fresh real images
     splits:int=200, # random splits of real images
-)->Coverage|None: # None where fewer than two images are readable
+)->Marginals|None: # None where fewer than two images are readable
     "Largest excess distance over the factors; its real interval is that of the largest over real splits."
     mine, one, two = (factor_table(task, v) for v in (f, real.features, real.second))
     n = len(next(iter(mine.values())))
@@ -242,7 +242,7 @@ def coverage(
     mine_d = torch.stack([_distance(k, mine[k], v[order[0, half:]]) for k, v in both.items()])
     excess, worst = (mine_d - real_d.mean(1)).max(0)
     null = (real_d - real_d.mean(1, keepdim=True)).amax(0)
-    return Coverage(excess.item(), null.quantile(.975).item(), names[int(worst)])
+    return Marginals(excess.item(), null.quantile(.975).item(), names[int(worst)])
 
 # %% ../nbs/03_metrics.ipynb #2147c076
 def nearest(
@@ -255,8 +255,8 @@ def nearest(
     parts = [v.flatten(1).float() for v in x.split(chunk)]
     return torch.cat([(v - t[torch.cdist(v, t).argmin(1)]).norm(dim=1) for v in parts])   # cdist finds, the difference measures
 
-def copies(
-    task:Task,    # the world
+def memorized(
+    task:Task,    # the task
     x:Tensor,     # (n,3,s,s) images
     train:Tensor, # (N,3,s,s) training images
     held_out:int=1024, # fresh real images that set the threshold
@@ -313,8 +313,8 @@ class Value(NamedTuple):
     chance:float|None       # the same number without a rule
     more:dict               # what else belongs to it
 
-ROWS = ('yield_', 'coarse', 'rule_gap', 'rule_error', 'floor', 'chance', 'error_px', 'within_5', 'bias', 'spread',
-        'slope', 'rho', 'r2_rule', 'coverage', 'copies')
+ROWS = ('readable', 'coarse', 'rule_gap', 'rule_error', 'floor', 'chance', 'error_px', 'within_5', 'bias', 'spread',
+        'slope', 'rho', 'r2_rule', 'marginals', 'memorized')
 
 @dataclass(frozen=True)
 class RuleReport:
@@ -386,13 +386,13 @@ def _points_and_draws(
     return _compared(s, s0, c), _compared(s0, s0, c), _compared(c, s0, c), _compared(bm, b0, bc)
 
 def rule_report(
-    task:Task|str,           # the world that the images are meant to show, or its name
+    task:Task|str,           # the task that the images are meant to show, or its name
     x:Tensor,                # (n,3,size,size) in [-1,1]
     train:Tensor|None=None,  # (N,3,size,size) training images; without them copies are not measured
     draws:int=1000,          # bootstrap resamples
     seed:int=0,              # of the bootstrap; the fresh real images have their own
 )->RuleReport:               # each number beside floor and chance
-    "Measure images against the world's rule; ValueError for no images, or images that do not fit the world."
+    "Measure images against the task's rule; ValueError for no images, or images that do not fit the task."
     task = get_task(task) if isinstance(task, str) else task
     if not len(check_images(x, task.size)): raise ValueError("rule_report needs at least one image, got none")
     check_int(draws, 'draws', 1)
@@ -404,22 +404,22 @@ def rule_report(
     rows = {k: row(k) for k in ROWS if k in point}
     rows['error_px'] = row('error_px', p90=point['error_px_90'].item(), p90_floor=floor['error_px_90'].item())
     rows['rule_gap'] = row('rule_gap', terciles=tercile_gaps(m, real))
-    rows['coverage'] = _coverage_row(task, f, real)
-    rows['copies'] = _copies_row(task, x, train)
+    rows['marginals'] = _marginals_row(task, f, real)
+    rows['memorized'] = _memorized_row(task, x, train)
     return RuleReport(task.spec(), len(x), {k: rows[k] for k in ROWS}, f)
 
-def _coverage_row(
-    task:Task, f:NamedTuple, real:Real, # see `coverage`
+def _marginals_row(
+    task:Task, f:NamedTuple, real:Real, # see `marginals`
 )->Value:                               # value beside the real images' bound
-    "Coverage as a row: floor is 0 by construction, `real_high` the bound that real images stay under."
-    c = coverage(task, f, real)
+    "Marginals as a row: floor is 0 by construction, `real_high` the bound that real images stay under."
+    c = marginals(task, f, real)
     if c is None: return Value(None, None, None, 0., None, dict(factor=None, real_high=None))
     return Value(c.value, None, None, 0., None, dict(factor=c.factor, real_high=c.high))
 
-def _copies_row(
-    task:Task, x:Tensor, train:Tensor|None, # see `copies`
+def _memorized_row(
+    task:Task, x:Tensor, train:Tensor|None, # see `memorized`
 )->Value:                                   # share of copies
     "Copies as a row: 0.01 by construction for held-out real images."
     if train is None: return Value(None, None, None, .01, None, {})
-    hits = int(copies(task, x, train).sum())
+    hits = int(memorized(task, x, train).sum())
     return Value(hits/len(x), *share_interval(hits, len(x)), .01, None, {})

@@ -42,9 +42,9 @@ class ExactDenoiser(FiniteSet):
         t:Tensor,  # (n,) in [0,T), or one for all
         y:Tensor|None=None, # must be None: it knows no labels
     )->Tensor:     # like `xt`
-        "The exact answer, as the recipe's prediction type wants it."
+        "The posterior-mean target, as the recipe's prediction type wants it."
         if y is not None: raise ValueError(f"the exact denoiser takes no labels, got {tuple(y.shape)}")
-        return self.answer(xt, torch.as_tensor(t, device=xt.device).expand(len(xt)), self.recipe.prediction)
+        return self.mean_target(xt, torch.as_tensor(t, device=xt.device).expand(len(xt)), self.recipe.prediction)
 
     def forward(self,
         sample:Tensor,             # (n,3,s,s): xt
@@ -58,15 +58,15 @@ class ExactDenoiser(FiniteSet):
 class Denoised(NamedTuple):
     "Where a sampler stands after one step."
     step:int    # steps done so far
-    t:int       # noise level that was left
+    t:int       # timestep that was left
     x:Tensor    # (n,3,s,s) the state
     x0_hat:Tensor|None # (n,3,s,s) the clean image that the scheduler implies, where it tells
 
 def ddim(
     recipe:Recipe, # of the model
     clip:bool=True, # whether x0_hat is clipped to [-1,1] at every step
-)->DDIMScheduler:  # a scheduler with the model's noise levels
-    "DDIM on the recipe's schedule, starting at the last level."
+)->DDIMScheduler:  # a scheduler with the model's timesteps
+    "DDIM on the recipe's schedule, starting at the last timestep."
     return DDIMScheduler.from_config(recipe.schedule().config, timestep_spacing='trailing', clip_sample=clip)
 
 def _noise_args(
@@ -87,8 +87,8 @@ def _noise_args(
     return out | dict(generator=[torch.Generator().manual_seed(d) for d in draws])
 
 def _walk(
-    predict:Callable[[Tensor,Tensor],Tensor], # (xt, t) -> the model's answer
-    sch:SchedulerMixin,    # its noise levels set
+    predict:Callable[[Tensor,Tensor],Tensor], # (xt, t) -> the model's prediction
+    sch:SchedulerMixin,    # its timesteps set
     x:Tensor,              # (n,3,s,s) pure noise of unit size
     seed:int, rows:Sequence[int], # whose fresh noise
     eta:float,             # 0: none
@@ -133,14 +133,14 @@ def _check_scheduler(
     recipe:Recipe,            # of the model
     steps:int, eta:float,     # as it will be used
 )->SchedulerMixin:            # a copy of it
-    "ValueError unless noise levels and prediction type are the model's, and a known picture is brought home."
+    "ValueError unless timesteps and prediction type are the model's, and a known picture is brought home."
     c, own, name = scheduler.config, recipe.schedule(), type(scheduler).__name__
     for k in ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'rescale_betas_zero_snr'):
         want = own.config[k]
         if (c.get(k) or False) != (want or False): raise ValueError(f"{name} has {k}={c.get(k)!r}, the model needs {want!r}")
-    levels = getattr(scheduler, 'alphas_cumprod', own.alphas_cumprod)
-    far = (levels.cpu() - own.alphas_cumprod).abs().max().item() if levels.shape == own.alphas_cumprod.shape else float('nan')
-    if not far < 1e-5: raise ValueError(f"{name} has other noise levels than the model: alphas_cumprod differs by {far:.3g}")
+    timesteps = getattr(scheduler, 'alphas_cumprod', own.alphas_cumprod)
+    far = (timesteps.cpu() - own.alphas_cumprod).abs().max().item() if timesteps.shape == own.alphas_cumprod.shape else float('nan')
+    if not far < 1e-5: raise ValueError(f"{name} has other timesteps than the model: alphas_cumprod differs by {far:.3g}")
     try: off = misfit(scheduler, recipe, steps, eta)
     except Exception as e: raise ValueError(f"{name} does not work with {steps} steps here: {type(e).__name__}: {e}") from e
     if not off <= FITS:
@@ -159,7 +159,7 @@ def plan(
     eta:float,             # 0: no fresh noise
     seed:int,              # of the noise
     scheduler:SchedulerMixin|None=None, # a diffusers scheduler; None: `ddim`
-)->SchedulerMixin:         # a copy, its noise levels set
+)->SchedulerMixin:         # a copy, its timesteps set
     "Check a sampler's arguments before any work; ValueError or TypeError names what does not fit the model."
     check_model(model), check_int(seed, 'seed'), check_int(steps, 'steps', 1, model.recipe.T)
     if not 0 <= eta <= 1: raise ValueError(f"eta must be in [0,1], got {eta}")
@@ -176,7 +176,7 @@ def _run(
     y:Tensor|None,         # labels of the rows
 )->Iterator[Denoised]:     # one per call of the model
     "Walk some rows from their own noise to images."
-    p, s = next(model.parameters()), model.recipe.world.size
+    p, s = next(model.parameters()), model.recipe.task.size
     given = () if y is None else (check_labels(y, len(rows), model.recipe).to(p.device),)
     x = row_noise(seed, rows, (3, s, s), 20, p.device).to(p.dtype)
     def predict(xt, t): return model.predict(xt, t.to(p.device).expand(len(rows)), *given)
@@ -214,7 +214,7 @@ def sample_batches(
         for d in _run(model, range(first + i, first + min(i + batch, n)), sch, eta, seed, None if y is None else y[i:i + batch]):
             x = d.x
             yield None
-        if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} calls")
+        if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} nfe")
         yield x.clamp(-1, 1).float()
 
 def sample(
@@ -230,7 +230,7 @@ def sample(
 )->Tensor:                 # (n,3,s,s) float32 in [-1,1], on the model's device
     "Draw images from a model."
     parts = [x for x in sample_batches(model, n, steps, eta, seed, scheduler, batch, y, first) if x is not None]
-    s, p = model.recipe.world.size, next(model.parameters())
+    s, p = model.recipe.task.size, next(model.parameters())
     return torch.cat(parts) if parts else torch.empty(0, 3, s, s, device=p.device)
 
 # %% ../nbs/08_sample.ipynb #805f097b
@@ -238,7 +238,7 @@ WEIGHTS = Path(rulediff_nb.__file__).parent/'weights'
 
 def load_pretrained(
     name:str,              # a key of `TASKS`
-    palette:str='pure',    # of the world that the model was trained on
+    palette:str='fixed',    # of the task that the model was trained on
     folder:str|Path=WEIGHTS, # where weights and manifests stand
     device:torch.device|str|None=None, # where the model goes; None: the CPU
 )->RuleUNet:               # in eval mode, float32; its manifest is `.manifest`
@@ -253,5 +253,5 @@ def as_pipeline(
     "A model as a stock pipeline; its folder loads as DDPMPipeline or DDIMPipeline once `rulediff_nb.unet` is imported."
     if not isinstance(model, RuleUNet): raise TypeError(f"a pipeline wants a RuleUNet, got {type(model).__name__}")
     unet = copy.copy(model)
-    unet.register_to_config(sample_size=model.recipe.world.size, in_channels=3)
+    unet.register_to_config(sample_size=model.recipe.task.size, in_channels=3)
     return DDPMPipeline(unet, DDPMScheduler.from_config(model.recipe.schedule().config, timestep_spacing='trailing'))

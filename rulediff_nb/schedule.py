@@ -1,4 +1,4 @@
-"""Noise takes each detail of a scene at a level that a closed formula gives, a tenth of a pixel hundreds of levels before the coarse rule; epsilon, x0 and v are three names for the one unknown that is left.
+"""Noise takes each detail of a scene at a timestep that a closed formula gives, a tenth of a pixel hundreds of timesteps before the coarse rule; epsilon, x0 and v are three names for the one unknown that is left.
 
 Docs: https://rulediff.github.io/rulediff_nb/schedule.html.md"""
 
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from .core import check_images, check_int
 
 # %% ../nbs/04_schedule.ipynb #bdf70e3c
-def _check_levels(
+def _check_timesteps(
     t:Tensor,  # (n,) should be whole numbers in [0,T)
-    levels:int, # T
+    timesteps:int, # T
 )->None:       # nothing: it passes or raises
-    "TypeError or ValueError for what is no noise level; values are looked at on the CPU only, elsewhere that would wait for the device."
-    if t.dtype not in (torch.int64, torch.int32): raise TypeError(f"noise levels must be int64, got {t.dtype}")
+    "TypeError or ValueError for what is no timestep; values are looked at on the CPU only, elsewhere that would wait for the device."
+    if t.dtype not in (torch.int64, torch.int32): raise TypeError(f"timesteps must be int64, got {t.dtype}")
     if not t.is_cpu or torch.compiler.is_compiling() or not t.numel(): return
     low, high = (v.item() for v in t.aminmax())
-    if low < 0 or high >= levels: raise ValueError(f"noise levels must be in [0, {levels - 1}], got {low} to {high}")
+    if low < 0 or high >= timesteps: raise ValueError(f"timesteps must be in [0, {timesteps - 1}], got {low} to {high}")
 
 def amplitudes(
     t:Tensor,    # (n,) int64 in [0,T)
     abar:Tensor, # (T,) cumulative product of 1-beta
 )->tuple[Tensor,Tensor]: # (n,1,1,1) signal sqrt(abar) and noise sqrt(1-abar)
-    "How much signal and how much noise there is at each level; ValueError for a level that does not exist."
-    _check_levels(t, len(abar))
+    "How much signal and how much noise there is at each timestep; ValueError for a timestep that does not exist."
+    _check_timesteps(t, len(abar))
     a = abar[t.to(abar.device)].view(-1, 1, 1, 1)
     return a.sqrt(), (1 - a).sqrt()
 
@@ -44,7 +44,7 @@ def _amplitudes_for(
     t:Tensor,    # (n,) int64 in [0,T)
     abar:Tensor, # (T,)
 )->tuple[Tensor,Tensor]: # (n,1,1,1) each, dtype and device of `x`
-    "Amplitudes worked out in the finer of the two dtypes: rounded to bfloat16, abar would be 1 at the first levels."
+    "Amplitudes worked out in the finer of the two dtypes: rounded to bfloat16, abar would be 1 at the first timesteps."
     s, n = amplitudes(t, abar.to(x.device, torch.promote_types(abar.dtype, x.dtype)))
     return s.to(x.dtype), n.to(x.dtype)
 
@@ -62,14 +62,14 @@ def add_noise(
 def snr(
     abar:Tensor, # any shape, in [0,1]
 )->Tensor:       # like `abar`, signal over noise, in variance
-    "Signal-to-noise ratio of a noise level; infinite without noise."
+    "Signal-to-noise ratio of a timestep; infinite without noise."
     return abar/(1 - abar)
 
 # %% ../nbs/04_schedule.ipynb #a5c806f8
 def best_accuracy(
     xa:Tensor,   # (n,c,h,w) scenes
     xb:Tensor,   # like `xa`, what they are to be told from
-    abar:Tensor, # (k,) noise levels, in [0,1)
+    abar:Tensor, # (k,) timesteps, in [0,1)
 )->Tensor:       # (n,k) in [.5,1]
     "Share of right answers of the best test that says which of two known scenes lies under the noise; .5 is guessing."
     apart = (xa - xb).flatten(1).norm(dim=1)
@@ -105,7 +105,7 @@ def target(
 
 # %% ../nbs/04_schedule.ipynb #4ddc8590
 class Clean(NamedTuple):
-    "What a prediction at noise level t says about the two unknowns."
+    "What a prediction at timestep t says about the two unknowns."
     x0:Tensor  # like `xt`, the clean image
     eps:Tensor # like `xt`, the noise
 
@@ -115,7 +115,7 @@ _SOLVE = dict(epsilon=lambda xt, p, s, n: Clean((xt - n*p)/s, p),
 
 def solve(
     xt:Tensor,   # (n,c,h,w)
-    pred:Tensor, # like `xt`: the network's answer
+    pred:Tensor, # like `xt`: the network's prediction
     t:Tensor,    # (n,) int64 in [0,T)
     abar:Tensor, # (T,)
     prediction:str, # a key of `PREDICTIONS`
@@ -130,19 +130,19 @@ SCHEDULES = dict(linear=dict(beta_schedule='linear'),                           
                  zero_snr=dict(beta_schedule='linear', rescale_betas_zero_snr=True)) # Lin et al. 2024, algorithm 1
 
 def noise_schedule(
-    T:int=1000,             # number of noise levels
+    T:int=1000,             # number of timesteps
     beta_start:float=1e-4,  # first beta
     beta_end:float=2e-2,    # last beta
     prediction:str='v_prediction', # "epsilon", "v_prediction" or "sample"
-    kind:str='linear',      # a key of `SCHEDULES`; "cosine" needs no betas
+    betas:str='linear',     # a key of `SCHEDULES`; "cosine" needs no betas
 )->DDPMScheduler:           # the constants in diffusers' own form
-    "Noise levels and target of a model; ValueError for what is unknown, and for epsilon where the last level holds no signal."
+    "Noise timesteps and target of a model; ValueError for what is unknown, and for epsilon where the last timestep holds no signal."
     _check_known('prediction', prediction, PREDICTIONS)
-    _check_known('kind', kind, SCHEDULES)
-    if kind == 'zero_snr' and prediction == 'epsilon':
-        raise ValueError("epsilon cannot be predicted on 'zero_snr', whose last level holds no signal; wanted v_prediction or sample")
+    _check_known('betas', betas, SCHEDULES)
+    if betas == 'zero_snr' and prediction == 'epsilon':
+        raise ValueError("epsilon cannot be predicted on 'zero_snr', whose last timestep holds no signal; wanted v_prediction or sample")
     return DDPMScheduler(num_train_timesteps=check_int(T, 'T', 2), beta_start=beta_start, beta_end=beta_end,
-                         prediction_type=prediction, clip_sample=True, **SCHEDULES[kind])
+                         prediction_type=prediction, clip_sample=True, **SCHEDULES[betas])
 
 # %% ../nbs/04_schedule.ipynb #8bc0ac87
 class FiniteSet(nn.Module):
@@ -153,7 +153,7 @@ class FiniteSet(nn.Module):
         block:int=2**20, # numbers at a time, about 16 bytes each: 16 MB beside the training set
     ):
         super().__init__()
-        if not len(check_images(x0)): raise ValueError("an exact answer needs at least one training image, got none")
+        if not len(check_images(x0)): raise ValueError("an posterior-mean target needs at least one training image, got none")
         self.block = check_int(block, 'block', 1)
         self.register_buffer('mean', x0.detach().float().mean(0))
         self.register_buffer('abar', abar, persistent=False)
@@ -182,7 +182,7 @@ class FiniteSet(nn.Module):
         parts = [self.weights(*row)@self.centred for row in rows]
         return torch.cat(parts).view_as(xt) + self.mean
 
-    def answer(self,
+    def mean_target(self,
         xt:Tensor, # (n,3,s,s)
         t:Tensor,  # (n,) in [0,T)
         prediction:str, # a key of `PREDICTIONS`
@@ -204,6 +204,6 @@ def min_snr_weight(
 )->Tensor:       # (n,) factor for the squared error of the prediction
     "Min-SNR-gamma (Hang et al. 2023, section 3.4): min(snr, gamma) for the clean image, in the prediction's own unit."
     _check_known('prediction', prediction, PREDICTIONS)
-    _check_levels(t, len(abar))
+    _check_timesteps(t, len(abar))
     r = snr(abar.to(t.device)[t].double()).clamp(min=1e-12)
     return (r.clamp(max=gamma)*_TO_X0[prediction](r)).float()

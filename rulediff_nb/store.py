@@ -152,12 +152,12 @@ def load_release(
 
 def load_network(
     folder:str|Path, # where weights and manifests stand
-    world:str,       # what it must have been trained on: "TASK-PALETTE"
+    task:str,       # what it must have been trained on: "TASK-RANDOM"
     make:Callable[[dict],nn.Module], # a recipe -> an untrained network, which has `recipe`
-    kind:str='',     # the file's name is the world's, or "WORLD-KIND"
+    role:str='',     # the file's name is the task's, or "TASK-ROLE"
 )->nn.Module:        # in eval mode, float32, on the CPU; its manifest is `.manifest`
     "Make a network from a recipe and weights; StoreError for files that are missing, changed or made for something else."
-    name, there = f'{world}-{kind}' if kind else world, list_releases(folder)
+    name, there = f'{task}-{role}' if role else task, list_releases(folder)
     if name not in there: raise StoreError(f"no weights {name!r} in {folder}; there are: {', '.join(there) or 'none'}")
     tensors, manifest = load_release(folder, name)
     try:
@@ -165,7 +165,7 @@ def load_network(
         net.load_state_dict({k: v.float() for k, v in tensors.items()})
     except (RuntimeError, TypeError, ValueError) as e:
         raise StoreError(f"{Path(folder)/name}.safetensors does not fit the recipe in its manifest: {str(e).splitlines()[0]}") from e
-    made_for = f'{net.recipe.world.name}-{net.recipe.world.palette}'
-    if made_for != world: raise StoreError(f"{Path(folder)/name}.json is for {made_for}, expected {world}")
+    made_for = f'{net.recipe.task.name}-{net.recipe.task.palette}'
+    if made_for != task: raise StoreError(f"{Path(folder)/name}.json is for {made_for}, expected {task}")
     net.manifest = manifest
     return net.eval()

@@ -121,11 +121,11 @@ class Reading(NamedTuple):
     detected:Tensor # (n,) bool
 
 def blunt_read(
-    task:Task,    # one of the published worlds, `sun_shadow_free` included
+    task:Task,    # one of the published tasks, `sun_shadow_free` included
     x:Tensor,     # (n,3,size,size) in [-1,1]
     choices:Choices=Choices(), # noqa: B008 (a tuple never changes)
 )->Reading:       # n rows
-    "Read images by thresholds, outlines and whole pixels; TypeError for a world that it has no reader for."
+    "Read images by thresholds, outlines and whole pixels; TypeError for a task that it has no reader for."
     if type(task) not in READERS:
         raise TypeError(f"the blunt ruler reads {', '.join(t.__name__ for t in READERS)}, got {type(task).__name__}")
     read = READERS[type(task)]

@@ -19,26 +19,26 @@ from rulediff_nb.tasks import TASKS
 from rulediff_nb.train import train
 from rulediff_nb.unet import unet
 
-WORLDS = [t.with_(palette=p) for t in TASKS.values() for p in ("paper", "pure")]
+ALL_TASKS = [t.with_(palette=p) for t in TASKS.values() for p in ("random", "fixed")]
 
 
 def certificate(n):
     "All lines of the certificate; canvases of 128 pixels get a quarter of the images."
-    jobs = [(t, c) for t in WORLDS for c in conditions() if t.palette == "paper" or c.kind != "corner colours"]   # no corners there
+    jobs = [(t, c) for t in ALL_TASKS for c in conditions() if t.palette == "random" or c.kind != "corner colours"]   # no corners there
     return [certify(t, c, n//4 if c.kind == "size" and c.amount == 128 else n) for t, c in progress(jobs, len(jobs), "certificate")]
 
 
-def all_refusals(n): return [r for t in progress(WORLDS, len(WORLDS), "refusals") for r in refusals(t, n, every=True)]
+def all_refusals(n): return [r for t in progress(ALL_TASKS, len(ALL_TASKS), "refusals") for r in refusals(t, n, every=True)]
 
 
 def brief(n=96, steps=600):
     "Images of networks (laptop with AdamW and all levels of the linear schedule alike) that have hardly learned anything."
     out, file = {}, io.BytesIO()
     how = dict(attention=(False, True, True), optimizer="adamw", lr=2e-3, betas="linear", stratified=False, noise_std=0.,
-               exact_target=False)
+               posterior_mean=False)
     for name in ("two_circles", "sun_shadow_free"):
-        world = TASKS[name]
-        model = train(unet("laptop", world, **how), world.sample(world.paper_n, 0)[0], steps)
+        task = TASKS[name]
+        model = train(unet("laptop", task, **how), task.sample(task.paper_n, 0)[0], steps)
         x = sample(model, n, steps=40, eta=1., seed=5)
         out[name] = to_bytes(x)
     np.savez_compressed(file, **out)

@@ -1,7 +1,7 @@
 """What classifiers know: `make classifiers` (python tests/classify.py).
 
 Trains the pixel classifiers and the guidance classifiers (three seeds of each), and writes results/classifiers/: pixels.csv (accuracy on
-clean images), levels.csv (accuracy per noise level and margin, the same scenes for all, beside the bound for known ones),
+clean images), levels.csv (accuracy per timestep and margin, the same scenes for all, beside the bound for known ones),
 calibration.csv (of the same classifiers, on the mixture of margins they learned) and regress.csv (what regressors know of log(b/a)).
 With --weights FOLDER the networks of seed 0 are stored there with their manifests. A line that stands in a table is not made again
 (--again makes all), so the command may be stopped at any time.
@@ -24,16 +24,16 @@ from rulediff_nb.classifier import (
     classifier,
     classifier_steps,
     contrastive,
-    each_kind,
+    each_class,
     fit_pixels,
     graded_factors,
-    level_of,
-    noised_answers,
+    timestep_of,
+    noised_outputs,
     pixel_classifier,
     right,
     scenes_for,
     split,
-    told_apart,
+    bayes_accuracy,
 )
 from rulediff_nb.grid import csv_text, read_table
 from rulediff_nb.metrics import share_interval
@@ -54,7 +54,7 @@ def share(hits):
 
 
 def pixel_rows(job):
-    "A pixel classifier, trained on four fifths of 2000 images of each kind and judged by the rest; also with its batch norm settled."
+    "A pixel classifier, trained on four fifths of 2000 images of each class and judged by the rest; also with its batch norm settled."
     task, net, seed = get_task(job["task"], palette=job["palette"]), job["net"], job["seed"]
     x, y = contrastive(task, 2000, seed, PUBLISHED_MARGINS.get(task.name, 1/32))
     mine, rest = split(len(x), seed)
@@ -75,7 +75,7 @@ def trained(job, kind):
 
 
 def fitting(task):
-    "The margins of the table that the world has room for, and 900 scenes of which the widest can be drawn."
+    "The margins of the table that the task has room for, and 900 scenes of which the widest can be drawn."
     for i in range(len(MARGINS)):
         try: return MARGINS[i:], scenes_for(task, 900, 99, MARGINS[i])[0]
         except ValueError: continue
@@ -83,37 +83,37 @@ def fitting(task):
 
 
 def level_rows(job):
-    "Accuracy at each noise level and margin, on scenes that the classifier has not seen; and its calibration, as lines of another table."
+    "Accuracy at each timestep and margin, on scenes that the classifier has not seen; and its calibration, as lines of another table."
     clf, seconds = trained(job, "classifier")
-    task, rows = clf.recipe.world, []
+    task, rows = clf.recipe.task, []
     margins, base = fitting(task)
     y = torch.arange(900) % 3
     for margin in margins:
-        three = each_kind(task, base, margin)
+        three = each_class(task, base, margin)
         for sigma in SIGMAS:
-            p = noised_answers(clf, three[torch.arange(900), y], level_of(sigma, clf.abar), job["seed"]).softmax(1)
+            p = noised_outputs(clf, three[torch.arange(900), y], timestep_of(sigma, clf.abar), job["seed"]).softmax(1)
             said = job | dict(margin_px=margin*task.size, sigma=sigma, cpu_seconds=seconds)
-            rows.append(said | share(p.argmax(1) == y) | dict(bound=told_apart(three, sigma, 98)))
+            rows.append(said | share(p.argmax(1) == y) | dict(bound=bayes_accuracy(three, sigma, 98)))
     return rows, clf
 
 
 def calibration_rows(clf, job):
     "Calibration on fresh scenes of the mixture of margins that the classifier was trained on."
-    task = clf.recipe.world
+    task = clf.recipe.task
     x, y = contrastive(task, 300, 97, clf.recipe.margins)
     for sigma in SIGMAS:
-        p = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).softmax(1)
+        p = noised_outputs(clf, x, timestep_of(sigma, clf.abar), job["seed"]).softmax(1)
         yield job | dict(sigma=sigma, calibration=calibration_error(p, y), calibration_floor=calibration_floor(p)) | share(p.argmax(1) == y)
 
 
 def regress_rows(job):
-    "How much of log(b/a) a regressor knows at each noise level, and whether its deviations are as large as it says."
+    "How much of log(b/a) a regressor knows at each timestep, and whether its deviations are as large as it says."
     clf, seconds = trained(job, "regressor")
-    task, rows = clf.recipe.world, []
+    task, rows = clf.recipe.task, []
     f, y = graded_factors(task, 900, 99, clf.recipe.margins)
     x = task.render(f)
     for sigma in SIGMAS:
-        mean, log_var = noised_answers(clf, x, level_of(sigma, clf.abar), job["seed"]).chunk(2, 1)
+        mean, log_var = noised_outputs(clf, x, timestep_of(sigma, clf.abar), job["seed"]).chunk(2, 1)
         left = (mean - y).square()
         z = left/log_var.exp()
         said = dict(r2=1 - (left.mean()/y.var()).item(), mean_z2=z.mean().item())
@@ -131,15 +131,15 @@ def store(clf, job, kind, rows, folder):
     save_release(folder, f"{job['task']}-{job['palette']}-{kind}", clf.state_dict(), about)
 
 
-MAKE = dict(pixels=pixel_rows, levels=level_rows, regress=regress_rows)
+MAKE = dict(pixels=pixel_rows, timesteps=level_rows, regress=regress_rows)
 
 
-def plan(worlds, palettes, seeds, epochs, steps):
+def plan(tasks, palettes, seeds, epochs, steps):
     "All jobs, as (table, job); of each seed all before any of the next."
     for s in seeds:
-        for w in worlds:
-            for p in palettes: yield from ((k, dict(task=w, palette=p, seed=s, steps=steps)) for k in ("levels", "regress"))
-        yield from (("pixels", dict(task=w, palette="paper", net=k, seed=s, epochs=epochs)) for w in STUDIED if w in worlds for k in PIXEL)
+        for w in tasks:
+            for p in palettes: yield from ((k, dict(task=w, palette=p, seed=s, steps=steps)) for k in ("timesteps", "regress"))
+        yield from (("pixels", dict(task=w, palette="random", net=k, seed=s, epochs=epochs)) for w in STUDIED if w in tasks for k in PIXEL)
 
 
 def done(table, job, rows): return any(all(str(r.get(k)) == str(v) or r.get(k) == v for k, v in job.items()) for r in rows)
@@ -151,14 +151,14 @@ def run(table, job, weights):
     got = MAKE[table](job)
     if table == "pixels": return dict(pixels=got)
     rows, clf = got
-    if weights and job["seed"] == 0: store(clf, job, dict(levels="classifier", regress="regressor")[table], rows, weights)
-    return dict(levels=rows, calibration=list(calibration_rows(clf, job))) if table == "levels" else dict(regress=rows)
+    if weights and job["seed"] == 0: store(clf, job, dict(timesteps="classifier", regress="regressor")[table], rows, weights)
+    return dict(timesteps=rows, calibration=list(calibration_rows(clf, job))) if table == "timesteps" else dict(regress=rows)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--worlds", nargs="+", default=list(TASKS))
-    p.add_argument("--palettes", nargs="+", default=["pure"])
+    p.add_argument("--tasks", nargs="+", default=list(TASKS))
+    p.add_argument("--palettes", nargs="+", default=["fixed"])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--tables", nargs="+", default=list(MAKE))
     p.add_argument("--epochs", type=int, default=15, help="of the pixel classifiers")
@@ -170,7 +170,7 @@ def main():
     a = p.parse_args()
     files = {k: a.out/f"{k}.csv" for k in (*MAKE, "calibration")}
     rows = {k: [] if a.again or not f.exists() else read_table(f) for k, f in files.items()}
-    work = [(t, j) for t, j in plan(a.worlds, a.palettes, a.seeds, a.epochs, a.steps) if t in a.tables and not done(t, j, rows[t])]
+    work = [(t, j) for t, j in plan(a.tasks, a.palettes, a.seeds, a.epochs, a.steps) if t in a.tables and not done(t, j, rows[t])]
     print(f"{len(work)} trainings", flush=True)
     for got in joblib.Parallel(a.workers, return_as="generator_unordered")(joblib.delayed(run)(t, j, a.weights) for t, j in work):
         for table, new in got.items():

@@ -1,6 +1,6 @@
 """What time buys: a run is left at certain steps, its averaged weights are measured, and it goes on (make curves).
 
-Writes results/curves/curves.csv, a line per world, recipe and step. Runs stand in runs/curves, named and made like those of
+Writes results/curves/curves.csv, a line per task, recipe and step. Runs stand in runs/curves, named and made like those of
 `rulediff train`; a line that is there is not made again, so the command may be stopped at any time.
 """
 import argparse
@@ -23,38 +23,38 @@ from rulediff_nb.unet import PRESETS, unet
 ROOT = Path(__file__).parents[1]
 LAPTOP, STUDY = (150, 500, 1200, 3200), (1000, 3000, 6000, 12000, 20000)
 PAPER = (500, 1500, 4200)
-NETWORK = "preset", "channels", "layers", "attention", "head_dim", "patch", "epochs"   # of the preset `paper`: not taken
-AS_STUDIED = {k: v for k, v in asdict(PRESETS["paper"]).items() if k not in NETWORK and v != getattr(PRESETS["laptop"], k)}
+NETWORK = "preset", "channels", "layers", "attention", "head_dim", "patch", "epochs"   # of the preset `published`: not taken
+AS_STUDIED = {k: v for k, v in asdict(PRESETS["published"]).items() if k not in NETWORK and v != getattr(PRESETS["laptop"], k)}
 
 
 def plan():
     "Each run as a job, and the steps at which it is measured; the longest last."
     def job(task, palette, marks, **changes): return Job(task, palette, "laptop", tuple(changes.items()), marks[-1]), marks
-    ablated = [job("sun_shadow_free", "pure", LAPTOP, exact_target=False)]
-    return [*(job(t, "pure", LAPTOP) for t in TASKS), *ablated, *(job(t, "paper", PAPER) for t in ("two_circles", "sun_shadow_free")),
-            job("sun_shadow_free", "pure", STUDY, **AS_STUDIED)]
+    ablated = [job("sun_shadow_free", "fixed", LAPTOP, posterior_mean=False)]
+    return [*(job(t, "fixed", LAPTOP) for t in TASKS), *ablated, *(job(t, "random", PAPER) for t in ("two_circles", "sun_shadow_free")),
+            job("sun_shadow_free", "fixed", STUDY, **AS_STUDIED)]
 
 
 def label(job):
-    "The recipe in a word or two: the changes to the preset paper's training are too many for a table."
-    return "paper's training, partial" if dict(job.changes) == AS_STUDIED else job.label
+    "The recipe in a word or two: the changes to the published training are too many for a table."
+    return "published training, partial" if dict(job.changes) == AS_STUDIED else job.label
 
 
 def follow(job, marks, out, images):
     "The lines of one run: what is missing of it is trained."
     torch.set_num_threads(1)
-    world = job_recipe(job).world
-    x0, folder = world.sample(world.paper_n, job.seed)[0], out/job.key
+    task = job_recipe(job).task
+    x0, folder = task.sample(task.paper_n, job.seed)[0], out/job.key
     for mark in marks:
         done = folder/f"at-{mark}.json"
         if not done.exists(): write_atomic(done, json.dumps(line(job, mark, x0, folder, images), indent=1).encode())
         r = json.loads(done.read_text())
-        print(f"{r['task']} {r['palette']} {r['label']}, step {mark}: yield_ {r['yield_']:.3f}, rule_gap {r['rule_gap']:.3f}", flush=True)
+        print(f"{r['task']} {r['palette']} {r['label']}, step {mark}: readable {r['readable']:.3f}, rule_gap {r['rule_gap']:.3f}", flush=True)
 
 
 def line(job, mark, x0, folder, images):
     "Train to a step, if the run is not there yet, and measure it there."
-    model, remarks, seed = begin(unet(job.preset, job_recipe(job).world, job.seed, **dict(job.changes)), job.seed, "")
+    model, remarks, seed = begin(unet(job.preset, job_recipe(job).task, job.seed, **dict(job.changes)), job.seed, "")
     path = folder/"checkpoint.safetensors"
     if not path.exists() or load_tensors(path)[1]["step"] < mark:
         for s in train_steps(model, x0, folder, job.steps, seed, remarks=remarks):

@@ -3,7 +3,7 @@
 Two stages. `sweep` measures scales and courses at 256 images of one noise seed, with the shipped classifiers, and writes
 results/guidance/sweep.csv; `table` takes the best setting of each method from it and measures it at 1024 images of three other seeds,
 each with classifiers trained on that seed, and writes results/guidance/table.csv. All at 25 ancestral steps, which were as good as 50
-in two worlds (results/sampling). A line that stands in its file is not measured again, so the command may be stopped at any time. What
+in two tasks (results/sampling). A line that stands in its file is not measured again, so the command may be stopped at any time. What
 has to be trained is trained once and kept in runs/guidance.
 """
 import argparse
@@ -22,13 +22,13 @@ from rulediff_nb.classifier import (
     RuleClassifier,
     classifier,
     contrastive,
-    each_kind,
+    each_class,
     fit_pixels,
     graded_factors,
-    level_of,
+    timestep_of,
     load_classifier,
     margins_for,
-    noised_answers,
+    noised_outputs,
     pixel_classifier,
     scenes_for,
 )
@@ -36,11 +36,11 @@ from rulediff_nb.core import range_known, row_generator
 from rulediff_nb.filter import best_rows, by_ruler, by_verdict, counting, passing_rows
 from rulediff_nb.grid import csv_text, read_table, report_columns
 from rulediff_nb.guide import (
-    Aside,
-    AtClean,
+    ShuffledGuidance,
+    CleanGuidance,
     Oracle,
-    Regressed,
-    Towards,
+    RegressorGuidance,
+    ClassifierGuidance,
     classifier_free,
     guided,
     interval_scale,
@@ -58,9 +58,9 @@ ROOT = Path(__file__).parents[1]
 RUNS, OUT = ROOT/"runs"/"guidance", ROOT/"results"/"guidance"
 STEPS, ETA = 25, 1.
 SWEEP, TABLE = (256, (100,)), (1024, (1, 2, 3))   # images, seeds of their noise
-COLUMNS = ("yield_", "coarse", "rule_error", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho", "r2_rule", "coverage",
-           "copies")
-FULL = "sun_shadow_free", "two_circles"   # worlds of which every method is measured; of the others those that decide
+COLUMNS = ("readable", "coarse", "rule_error", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho", "r2_rule", "marginals",
+           "memorized")
+FULL = "sun_shadow_free", "two_circles"   # tasks of which every method is measured; of the others those that decide
 DECIDE = "none", "classifier", "classifier at x0_hat", "oracle", "filter: verdict", "filter: ruler, best of"
 CONTROLS = {f"shuffled {what}{at}": f"classifier{at}" for at in ("", " at x0_hat") for what in ("labels", "pixels")}
 SWEPT_ONLY = "classifier, 250 steps", "classifier, 4000 steps, at x0_hat"   # to compare trainings
@@ -68,7 +68,7 @@ POOL = 4   # unguided images drawn for each one asked for: filters choose among 
 
 
 class Setting(NamedTuple):
-    "One line: what guides or judges, how strongly, and where."
+    "One line: what guides or scorers, how strongly, and where."
     method:str        # what guides, or what filters
     scale:float       # of the guidance; of a filter: the least score, or candidates per image
     when:str = "all"  # a key of `COURSES`
@@ -94,14 +94,14 @@ GUIDES = [
     Setting("shuffled pixels at x0_hat", 16., "below_1"),
     *(Setting("shuffled pixels", v) for v in (2., 8.))]
 PULLS = {   # by method: the network it needs, and what pulls
-    "classifier": ("classifier", lambda clf, seed: Towards(clf)), "classifier at x0_hat": ("classifier", lambda clf, seed: AtClean(clf)),
-    "classifier, 250 steps": ("classifier 250", lambda clf, seed: Towards(clf)),
-    "classifier, 4000 steps": ("classifier 4000", lambda clf, seed: Towards(clf)),
-    "classifier, 4000 steps, at x0_hat": ("classifier 4000", lambda clf, seed: AtClean(clf)),
-    "regressor": ("regressor", lambda clf, seed: Regressed(clf)), "shuffled labels": ("shuffled", lambda clf, seed: Towards(clf)),
-    "shuffled labels at x0_hat": ("shuffled", lambda clf, seed: AtClean(clf)),
-    "shuffled pixels": ("classifier", lambda clf, seed: Aside(Towards(clf), seed)),
-    "shuffled pixels at x0_hat": ("classifier", lambda clf, seed: Aside(AtClean(clf), seed))}
+    "classifier": ("classifier", lambda clf, seed: ClassifierGuidance(clf)), "classifier at x0_hat": ("classifier", lambda clf, seed: CleanGuidance(clf)),
+    "classifier, 250 steps": ("classifier 250", lambda clf, seed: ClassifierGuidance(clf)),
+    "classifier, 4000 steps": ("classifier 4000", lambda clf, seed: ClassifierGuidance(clf)),
+    "classifier, 4000 steps, at x0_hat": ("classifier 4000", lambda clf, seed: CleanGuidance(clf)),
+    "regressor": ("regressor", lambda clf, seed: RegressorGuidance(clf)), "shuffled labels": ("shuffled", lambda clf, seed: ClassifierGuidance(clf)),
+    "shuffled labels at x0_hat": ("shuffled", lambda clf, seed: CleanGuidance(clf)),
+    "shuffled pixels": ("classifier", lambda clf, seed: ShuffledGuidance(ClassifierGuidance(clf), seed)),
+    "shuffled pixels at x0_hat": ("classifier", lambda clf, seed: ShuffledGuidance(CleanGuidance(clf), seed))}
 FILTERS = [Setting("none", 0.), Setting("filter: verdict", 1.), *(Setting("filter: ruler, best of", float(k)) for k in (2, 4))]
 
 
@@ -133,18 +133,18 @@ def trained_classifier(task, seed, kind):
 
 
 def knows(pull):
-    "Accuracy of the classifier that pulls on scenes half a pixel off, at a noise (sigma .2) under which the kinds can be told apart."
+    "Accuracy of the classifier that pulls on scenes half a pixel off, at a noise (sigma .2) under which the classes can be told apart."
     clf = next((m for m in pull.modules() if isinstance(m, RuleClassifier) and m.recipe.classes), None)
     if not clf: return math.nan
-    task, y = clf.recipe.world, torch.arange(900) % 3
+    task, y = clf.recipe.task, torch.arange(900) % 3
     base, _ = scenes_for(task, 900, 99, 1/64)
-    three = each_kind(task, base, 1/64)
-    said = noised_answers(clf, three[torch.arange(900), y], level_of(.2, clf.abar), 0).argmax(1)
+    three = each_class(task, base, 1/64)
+    said = noised_outputs(clf, three[torch.arange(900), y], timestep_of(.2, clf.abar), 0).argmax(1)
     return (said == y).float().mean().item()
 
 
 def near_misses(task, n, seed):
-    "Scenes on the rule and off it by a pixel, or less where that has no room, and their kinds."
+    "Scenes on the rule and off it by a pixel, or less where that has no room, and their classes."
     return contrastive(task, n, seed, max(m for m in margins_for(task) if m <= 1/32))
 
 
@@ -154,13 +154,13 @@ def labelled_set(task):
 
 
 def conditional(task):
-    "A model that is told the kind (a tenth of the labels hidden), as many steps trained as the shipped one, on `labelled_set`."
+    "A model that is told the class (a tenth of the labels hidden), as many steps trained as the shipped one, on `labelled_set`."
     x, y = labelled_set(task)
     return kept(unet("laptop", task, 0, classes=3, label_drop=.1), f"{task.name}-{task.palette}-labelled", x, 3200, 0, y)
 
 
 def pixel_judge(task, seed):
-    "The study's judge: a small conv net that saw clean images."
+    "The study's scorer: a small conv net that saw clean images."
     x, y = near_misses(task, 2000, seed)
     net = pixel_classifier("small_conv", task.size, seed)
     for _ in fit_pixels(net, x, y, 15, 64, 1e-3, seed): pass
@@ -192,24 +192,24 @@ def timed(f):
 def guided_images(s, model, pull, n, seed):
     "One setting's images, and what they cost; without a pull it is classifier-free."
     if pull: drawn_by = guided(model, pull, COURSES[s.when](s.scale, model.recipe))
-    else: drawn_by = classifier_free(conditional(model.recipe.world), scale=s.scale)
-    with counting(drawn_by) as calls, counting(drawn_by, type(pull)) as gradients: x = sample(drawn_by, n, STEPS, ETA, seed)
-    return x, dict(calls=calls[0]/n, gradients=gradients[0]/n)
+    else: drawn_by = classifier_free(conditional(model.recipe.task), scale=s.scale)
+    with counting(drawn_by) as nfe, counting(drawn_by, type(pull)) as gradients: x = sample(drawn_by, n, STEPS, ETA, seed)
+    return x, dict(nfe=nfe[0]/n, gradients=gradients[0]/n)
 
 
-def chosen(s, x, judges, n):
+def chosen(s, x, scorers, n):
     "Which rows of the pool a filter keeps, and how many it had to look at."
     if s.method == "none": return torch.arange(n), n
     if s.method == "filter: verdict":
-        rows = passing_rows(judges[s.method](x), s.scale)[:n]
+        rows = passing_rows(scorers[s.method](x), s.scale)[:n]
         if len(rows) < n: raise RuntimeError(f"only {len(rows)} of {len(x)} images pass, {n} are needed: raise POOL")
         return rows, rows[-1].item() + 1
-    return best_rows(judges[s.method](x[:n*int(s.scale)]), int(s.scale)), n*int(s.scale)
+    return best_rows(scorers[s.method](x[:n*int(s.scale)]), int(s.scale)), n*int(s.scale)
 
 
 def guided_line(model, s, n, seed):
     "The line of one setting of guidance."
-    pull = None if s.method == "classifier-free" else pull_of(s.method, model.recipe.world, seed)
+    pull = None if s.method == "classifier-free" else pull_of(s.method, model.recipe.task, seed)
     guided_images(s, model, pull, 2, seed)   # warms up
     (x, cost), seconds = timed(lambda: guided_images(s, model, pull, n, seed))
     yield s, x, cost | dict(cpu_seconds=seconds, knows=knows(pull) if pull else math.nan)
@@ -217,27 +217,27 @@ def guided_line(model, s, n, seed):
 
 def pool_lines(model, n, seed):
     "The lines without guidance: all images, and what filters choose among them."
-    task = model.recipe.world
-    judges = {"filter: verdict": pixel_judge(task, seed), "filter: ruler, best of": by_ruler(task)}
+    task = model.recipe.task
+    scorers = {"filter: verdict": pixel_judge(task, seed), "filter: ruler, best of": by_ruler(task)}
     sample(model, 2, STEPS, ETA, seed)
     x, seconds = timed(lambda: sample(model, POOL*n, STEPS, ETA, seed))
     for s in FILTERS:
-        (rows, drawn), judging = timed(lambda: chosen(s, x, judges, n))  # noqa: B023 (called at once)
-        yield s, x[rows], dict(calls=STEPS*drawn/n, gradients=0., cpu_seconds=judging + seconds*drawn/len(x), knows=math.nan)
+        (rows, drawn), judging = timed(lambda: chosen(s, x, scorers, n))  # noqa: B023 (called at once)
+        yield s, x[rows], dict(nfe=STEPS*drawn/n, gradients=0., cpu_seconds=judging + seconds*drawn/len(x), knows=math.nan)
 
 
 def lines(name, palette, s, n, seed):
     "One or more lines of a table: of a setting, or (None) of the unguided images and their filters."
     torch.set_num_threads(1)
     model = load_pretrained(name, palette)
-    task, out = model.recipe.world, []
+    task, out = model.recipe.task, []
     if s and s.method == "classifier-free": train = labelled_set(task)[0]
     else: train = task.sample(model.manifest["images_in_set"], model.manifest["set_seed"])[0]
     for one, x, cost in guided_line(model, s, n, seed) if s else pool_lines(model, n, seed):
         with range_known(): report = rule_report(task, x, train=train)
         said = dict(task=name, palette=palette, **one._asdict(), seed=seed, images=n, steps=STEPS, **cost)
         out.append(said | dict(weights=model.manifest["sha256"][:12]) | report_columns(report, COLUMNS)
-                   | dict(coverage_real_high=report.rows["coverage"].more["real_high"]))
+                   | dict(marginals_real_high=report.rows["marginals"].more["real_high"]))
     return out
 
 
@@ -247,18 +247,18 @@ def is_number(v): return isinstance(v, float) and math.isfinite(v)   # what coul
 def best(rows, task, palette):
     """Of each method of guidance the setting with the lowest rule_gap in the sweep; the controls take those of what they control.
 
-    Where that one's coverage is beyond what real images and no guidance reach, also the setting with the lowest rule_gap within.
+    Where that one's marginals is beyond what real images and no guidance reach, also the setting with the lowest rule_gap within.
     Of the classifier-free model scales above 1, since up to 1 nothing is pushed.
     """
     here = [r for r in rows if (r["task"], r["palette"]) == (task, palette)]
-    reach = [r["coverage_real_high"] for r in here] + [r["coverage"] for r in here if r["method"] == "none"]
+    reach = [r["marginals_real_high"] for r in here] + [r["marginals"] for r in here if r["method"] == "none"]
     limit = max(filter(is_number, reach), default=0.)
     mine = [r for r in here if r["gradients"] + (r["method"] == "classifier-free")]
     for method in dict.fromkeys(r["method"] for r in mine if r["method"] not in SWEPT_ONLY):
         like = CONTROLS.get(method, method)
         pushed = [r for r in mine if r["method"] == like and (like != "classifier-free" or r["scale"] > 1)]
         ranked = sorted(pushed, key=lambda r: r["rule_gap"])
-        within = [r for r in ranked if is_number(r["coverage"]) and r["coverage"] <= limit]
+        within = [r for r in ranked if is_number(r["marginals"]) and r["marginals"] <= limit]
         yield from dict.fromkeys(Setting(method, r["scale"], r["when"]) for r in ranked[:1] + within[:1])
 
 
@@ -301,28 +301,28 @@ def measure(jobs, file, workers):
         rows += new
         write_atomic(file, csv_text(list(compared(rows))).encode())
         for r in new:
-            print(*(r[k] for k in ("task", "method", "scale", "when", "seed")), f"yield_ {r['yield_']:.3f}, rule_gap {r['rule_gap']:.3f}, "
+            print(*(r[k] for k in ("task", "method", "scale", "when", "seed")), f"readable {r['readable']:.3f}, rule_gap {r['rule_gap']:.3f}, "
                   f"spread {r['spread']:.3f}, {r['cpu_seconds']:.0f} s", flush=True)
     return rows
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--worlds", nargs="+", default=list(TASKS))
-    p.add_argument("--palette", default="pure")
+    p.add_argument("--tasks", nargs="+", default=list(TASKS))
+    p.add_argument("--palette", default="fixed")
     p.add_argument("--stages", nargs="+", default=["sweep", "table"], choices=["sweep", "table"])
-    p.add_argument("--methods", nargs="+", help="only these; without it all in full worlds, and what decides in the others")
+    p.add_argument("--methods", nargs="+", help="only these; without it all in full tasks, and what decides in the others")
     p.add_argument("--seeds", nargs="+", type=int, default=TABLE[1], help="of the table")
     p.add_argument("--workers", type=int, default=os.cpu_count())
     a = p.parse_args()
-    for w in a.worlds: get_task(w)
+    for w in a.tasks: get_task(w)
     def wanted(w, s): return s.method in a.methods if a.methods else w in FULL or s.method in DECIDE
     pools = [None] if not a.methods or {s.method for s in FILTERS} & set(a.methods) else []
-    tried = [(w, a.palette, s, SWEEP[0], k) for w in a.worlds for k in SWEEP[1] for s in (*pools, *GUIDES) if s is None or wanted(w, s)]
+    tried = [(w, a.palette, s, SWEEP[0], k) for w in a.tasks for k in SWEEP[1] for s in (*pools, *GUIDES) if s is None or wanted(w, s)]
     if "sweep" in a.stages: measure(tried, OUT/"sweep.csv", a.workers)
     if "table" not in a.stages: return
     rows = read_table(OUT/"sweep.csv")
-    full = [(w, a.palette, s, TABLE[0], k) for k in a.seeds for w in a.worlds for s in (*pools, *best(rows, w, a.palette))
+    full = [(w, a.palette, s, TABLE[0], k) for k in a.seeds for w in a.tasks for s in (*pools, *best(rows, w, a.palette))
             if s is None or wanted(w, s)]
     measure(full, OUT/"table.csv", a.workers)
 

@@ -18,19 +18,19 @@ from rulediff_nb.store import write_atomic
 from rulediff_nb.unet import unet
 
 ROOT = Path(__file__).parents[1]
-COST = "batch", "optimizer", "attention", "patch", "channels", "layers", "precision", "ema", "exact_target"
+COST = "batch", "optimizer", "attention", "patch", "channels", "layers", "precision", "ema", "posterior_mean"
 TASKS = "two_circles", "sun_shadow_free"
-BASE = dict(exact_target=False, noise_mean=.7)
+BASE = dict(posterior_mean=False, noise_mean=.7)
 CHANGES = [BASE | c for c in [
     {},
     dict(noise_std=0.), dict(stratified=False), dict(noise_mean=-1.2, noise_std=1.2), dict(noise_mean=0.), dict(noise_mean=1.2),
     dict(betas="linear"), dict(betas="zero_snr"), dict(noise_std=0., min_snr=5.),
-    dict(prediction="epsilon", contrast=0.), dict(prediction="sample", contrast=0.), dict(contrast=0.),
+    dict(prediction="epsilon", sigma_data=0.), dict(prediction="sample", sigma_data=0.), dict(sigma_data=0.),
     dict(optimizer="adamw", lr=2e-3), dict(optimizer="adamw", lr=1e-3), dict(lr=2e-3), dict(lr=1e-2), dict(decay=False),
     dict(ema=0.), dict(batch=16), dict(batch=64),
     dict(attention=(False, False, True)), dict(attention=(False, False, False)),
     dict(patch=1), dict(patch=4), dict(channels=(48, 48, 96)), dict(channels=(96, 96, 144)), dict(layers=2), dict(precision="fp32")]]
-CHANGES += [dict(exact_target=False), dict(exact_target=True)]
+CHANGES += [dict(posterior_mean=False), dict(posterior_mean=True)]
 
 
 def paces(changes, rounds=3):
@@ -41,7 +41,7 @@ def paces(changes, rounds=3):
 
 def cost(change):
     "What of a change decides how long a step takes: recipes that share it share their pace."
-    return json.dumps({k: v for k, v in change.items() if k in COST and (k, v) not in (("optimizer", "muon"), ("exact_target", False))})
+    return json.dumps({k: v for k, v in change.items() if k in COST and (k, v) not in (("optimizer", "muon"), ("posterior_mean", False))})
 
 
 def known_paces(changes, path):
@@ -63,7 +63,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--seconds", type=float, default=120., help="processor seconds per run, on one thread")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    p.add_argument("--palette", default="paper")
+    p.add_argument("--palette", default="random")
     p.add_argument("--workers", type=int, default=os.cpu_count())
     p.add_argument("--images", type=int, default=128, help="images per report")
     p.add_argument("--only", type=int, nargs="+", help="numbers of the changes, from 0; all without it")
@@ -74,7 +74,7 @@ def main():
     plan = study(a.seconds, a.seeds, a.palette, [CHANGES[i] for i in a.only or range(len(CHANGES))], folder/f"pace-{a.palette}.json")
     print(f"{len(plan)} runs of about {a.seconds:.0f} s", flush=True)
     for row in run_grid(plan, folder, a.workers, images=a.images):
-        said = row.get("error") or f"mse_100 {row['mse_100']:.5f}, yield_ {row['yield_']:.3f}, rule_gap {row['rule_gap']:.3f}"
+        said = row.get("error") or f"mse_100 {row['mse_100']:.5f}, readable {row['readable']:.3f}, rule_gap {row['rule_gap']:.3f}"
         print(row["task"], row["label"], row["seed"], said, flush=True)
     write_atomic(ROOT/"results"/"recipes"/"recipes.csv", grid_table(stored_rows(folder)).encode())
 

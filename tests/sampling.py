@@ -1,7 +1,7 @@
-"""Measure what calls, eta, clipping and the scheduler do to a shipped model's images: `make sampling` (python tests/sampling.py).
+"""Measure what nfe, eta, clipping and the scheduler do to a shipped model's images: `make sampling` (python tests/sampling.py).
 
 Writes results/sampling/sampling.csv, one line per setting: the report's rows with 95 % intervals, floor and chance, and the paired
-difference of rule_gap to 50 calls with eta 1 (the same rows, the same resamples). The file is written whole after every setting, and
+difference of rule_gap to 50 network evaluations with eta 1 (the same rows, the same resamples). The file is written whole after every setting, and
 a setting that stands in it is not measured again (--again measures all), so the command may be stopped at any time.
 """
 import argparse
@@ -26,12 +26,12 @@ CALLS, ETAS = (5, 10, 20, 50, 100), (0., 1., .5)
 OTHERS = ("DDPM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver", "PNDM", "EulerDiscrete",
           "EulerAncestralDiscrete", "LMSDiscrete")
 TWICE = "KDPM2Discrete",   # two calls a step, but for the last; Heun's does not fit the schedule in so few
-SHARES = ("yield_", "coarse", "rule_gap", "rule_error", "error_px", "spread", "copies")
+SHARES = ("readable", "coarse", "rule_gap", "rule_error", "error_px", "spread", "memorized")
 
 
 class Setting(NamedTuple):
     "One line's sampler."
-    world:str
+    task:str
     palette:str
     scheduler:str # DDIM: the package's own
     steps:int     # as given to the scheduler
@@ -40,20 +40,20 @@ class Setting(NamedTuple):
     n:int
 
 
-def settings(worlds, n):
-    "All settings in the order in which they are measured: the reference of a world first, what takes longest last."
-    def s(world, scheduler, steps, eta=0., clip=True, n=n): return Setting(world, "pure", scheduler, steps, eta, clip, n)
+def settings(tasks, n):
+    "All settings in the order in which they are measured: the reference of a task first, what takes longest last."
+    def s(task, scheduler, steps, eta=0., clip=True, n=n): return Setting(task, "fixed", scheduler, steps, eta, clip, n)
     def grid(w):
         yield s(w, "DDIM", 50, 1.)
         yield from (s(w, "DDIM", c, e) for e in ETAS for c in CALLS if (c, e) != (50, 1.))
         yield from (s(w, "DDIM", c, e, False) for c in (10, 50) for e in (0., 1.))
-    first, rest = worlds[0], [v for w in worlds[1:] for v in grid(w)]
+    first, rest = tasks[0], [v for w in tasks[1:] for v in grid(w)]
     others = [s(first, o, 20) for o in OTHERS] + [s(first, o, 11) for o in TWICE]
     return [*grid(first), *others, s(first, "DDIM", 1000, 1., n=n//2), *rest, s(first, "DDPM", 1000, n=n//2)]
 
 
 def scheduler(s, recipe):
-    "The scheduler of a line, starting at the last noise level."
+    "The scheduler of a line, starting at the last timestep."
     if s.scheduler == "DDIM": return ddim(recipe, s.clip)
     return getattr(diffusers, f"{s.scheduler}Scheduler").from_config(recipe.schedule().config, timestep_spacing="trailing")
 
@@ -62,14 +62,14 @@ def paired(m, ref, real, size, draws=1000):
     "rule_gap of some rows less that of the same rows at the reference, with its interval; (0, 0, 0) for the reference."
     def gaps(m, s0, c):
         s = statistics(m, size)
-        return gap(s["rule_error"], s["yield_"], s0["rule_error"], s0["yield_"], c["rule_error"])
+        return gap(s["rule_error"], s["readable"], s0["rule_error"], s0["readable"], c["rule_error"])
     s0, c = statistics(real.floor, size), statistics(real.chance, size)
     def both(m): return dict(gap=gaps(m, s0, c))
     drawn = bootstrap(m, both, draws)["gap"] - bootstrap(ref, both, draws)["gap"]
     return (gaps(m, s0, c) - gaps(ref, s0, c)).item(), *interval(drawn)
 
 
-def calls(s, recipe):
+def nfe(s, recipe):
     "How often the network is called: twice a step in some schedulers."
     sch = scheduler(s, recipe)
     sch.set_timesteps(s.steps)
@@ -83,12 +83,12 @@ def version(model):
 
 def line(s, x, of, seconds):
     "One line of the file."
-    report, world = rule_report(of.world, x, train=of.train), of.world
-    out = dict(schema=SCHEMA, **s._asdict(), calls=calls(s, of.model.recipe), weights=version(of.model))
+    report, task = rule_report(of.task, x, train=of.train), of.task
+    out = dict(schema=SCHEMA, **s._asdict(), nfe=nfe(s, of.model.recipe), weights=version(of.model))
     out |= report_columns(report, SHARES)
-    c = report.rows["coverage"]
-    d = paired(measure(world, x), Measured(*(v[:len(x)] for v in of.ref)), real_images(world, len(x)), world.size)
-    out |= dict(coverage=c.value, coverage_real_high=c.more["real_high"]) | dict(zip(("diff", "diff_low", "diff_high"), d))
+    c = report.rows["marginals"]
+    d = paired(measure(task, x), Measured(*(v[:len(x)] for v in of.ref)), real_images(task, len(x)), task.size)
+    out |= dict(marginals=c.value, marginals_real_high=c.more["real_high"]) | dict(zip(("diff", "diff_low", "diff_high"), d))
     return out | dict(seconds=seconds, seed=SEED)
 
 
@@ -113,7 +113,7 @@ def draw(model, s, batch):
 class Shipped(NamedTuple):
     "A shipped model and what its images are compared with."
     model:torch.nn.Module
-    world:object
+    task:object
     train:torch.Tensor
     ref:Measured # its images at the reference
     x:torch.Tensor # these images
@@ -122,43 +122,43 @@ class Shipped(NamedTuple):
 
 def shipped(s, batch):
     "The model of a line, with the reference measured."
-    model = load_pretrained(s.world, s.palette)
-    world = model.recipe.world
-    train = world.sample(model.manifest["images_in_set"], model.manifest["set_seed"])[0]
+    model = load_pretrained(s.task, s.palette)
+    task = model.recipe.task
+    train = task.sample(model.manifest["images_in_set"], model.manifest["set_seed"])[0]
     x, seconds = draw(model, s, batch)
-    return Shipped(model, world, train, measure(world, x), x, seconds)
+    return Shipped(model, task, train, measure(task, x), x, seconds)
 
 
 def lines(jobs, batch, done):
     "Measure the lines that are not done, one after the other."
     reference, at = {}, {}
     for s in jobs:
-        if s.world not in reference: reference[s.world] = s
+        if s.task not in reference: reference[s.task] = s
         if key(s._asdict()) in done: continue
-        if s.world not in at: at[s.world] = shipped(reference[s.world], batch)
-        x, seconds = (at[s.world].x, at[s.world].seconds) if s == reference[s.world] else draw(at[s.world].model, s, batch)
-        yield line(s, x, at[s.world], seconds)
+        if s.task not in at: at[s.task] = shipped(reference[s.task], batch)
+        x, seconds = (at[s.task].x, at[s.task].seconds) if s == reference[s.task] else draw(at[s.task].model, s, batch)
+        yield line(s, x, at[s.task], seconds)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--n", type=int, default=256, help="images per line; a line of 1000 calls gets half of it")
+    p.add_argument("--n", type=int, default=256, help="images per line; a line of 1000 network evaluations gets half of it")
     p.add_argument("--out", type=Path, default=Path("results/sampling"))
-    p.add_argument("--worlds", nargs="*", default=["sun_shadow", "two_squares"],
-                   help="the first one gets the other schedulers and 1000 calls too")
+    p.add_argument("--tasks", nargs="*", default=["sun_shadow", "two_squares"],
+                   help="the first one gets the other schedulers and 1000 network evaluations too")
     p.add_argument("--batch", type=int, default=128, help="images at a time")
     p.add_argument("--again", action="store_true", help="measure every line again, of the same weights too")
     a = p.parse_args()
     file = a.out/"sampling.csv"
-    now = {w: version(load_pretrained(w)) for w in a.worlds}
+    now = {w: version(load_pretrained(w)) for w in a.tasks}
     old = csv.DictReader(io.StringIO(file.read_text())) if file.exists() and not a.again else []
-    rows = {key(r): r for r in old if r["weights"] == now.get(r["world"], r["weights"])}   # worlds not asked for stay
+    rows = {key(r): r for r in old if r["weights"] == now.get(r["task"], r["weights"])}   # tasks not asked for stay
 
     with range_known():
-        for row in lines(settings(a.worlds, a.n), a.batch, set(rows)):
+        for row in lines(settings(a.tasks, a.n), a.batch, set(rows)):
             rows[key(row)] = row
             write_atomic(file, to_csv(list(rows.values())).encode())
-            sys.stdout.write(f"{row['world']} {row['scheduler']} {row['calls']} calls, eta {row['eta']}, clip {row['clip']}: "
+            sys.stdout.write(f"{row['task']} {row['scheduler']} {row['nfe']} nfe, eta {row['eta']}, clip {row['clip']}: "
                              f"rule_gap {row['rule_gap']:.3f}, {row['seconds']:.0f} s\n")
             sys.stdout.flush()
 

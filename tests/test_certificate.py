@@ -29,10 +29,10 @@ def test_unknown_kind_is_named():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world", TASKS)
-def test_conditions_draw_what_they_say(kind, world):
+@pytest.mark.parametrize("task", TASKS)
+def test_conditions_draw_what_they_say(kind, task):
     for c in conditions(kind)[:1]:
-        task, x, f = c.draw(TASKS[world], 8, 3, c.amount)
+        task, x, f = c.draw(TASKS[task], 8, 3, c.amount)
         assert x.shape == (len(f.rgb), 3, task.size, task.size) and x.abs().max() <= 1 and len(x)
         a, b = task.sides(f)
         if kind != "length": assert torch.allclose(a, b, atol=1e-5)
@@ -56,13 +56,13 @@ def test_jpeg_is_lossy_and_repeatable():
 
 
 @pytest.mark.parametrize("fault", [k for k in GROWING if k != "merged, px"])
-@pytest.mark.parametrize("world", TASKS)
-def test_a_fault_of_amount_0_is_none_and_the_largest_is_seen(fault, world):
+@pytest.mark.parametrize("task", TASKS)
+def test_a_fault_of_amount_0_is_none_and_the_largest_is_seen(fault, task):
     draw, amounts, each = GROWING[fault]
-    x = TASKS[world].sample(12, 3)[0]
-    for k in range(len(TASKS[world].colours)) if each else [None]:
-        none, _ = draw(TASKS[world], 12, 3, k, 0)
-        most, carries = draw(TASKS[world], 12, 3, k, amounts[-1])
+    x = TASKS[task].sample(12, 3)[0]
+    for k in range(len(TASKS[task].colours)) if each else [None]:
+        none, _ = draw(TASKS[task], 12, 3, k, 0)
+        most, carries = draw(TASKS[task], 12, 3, k, amounts[-1])
         assert (none - x).abs().max() < 1e-5 and carries.dtype == torch.bool
         assert ((most - x).abs().amax((1, 2, 3)) > .05)[carries].all()
 
@@ -105,44 +105,44 @@ def test_refusing_does_not_flatter():
 def test_csv_has_a_schema():
     rows = [certify(CIRCLES, c, 8) for c in conditions("jpeg")]
     back = list(csv.DictReader(to_csv(rows).splitlines()))
-    assert [r["schema"] for r in back] == ["1", "1"] and back[0]["world"] == "two_circles" and float(back[1]["amount"]) == 75
+    assert [r["schema"] for r in back] == ["1", "1"] and back[0]["task"] == "two_circles" and float(back[1]["amount"]) == 75
 
 
 def stored(name): return list(csv.DictReader((ROOT/"results/certificate"/f"{name}.csv").read_text().splitlines()))
 
 
 def test_the_stored_certificate_is_whole():
-    have = {(r["world"], r["palette"], r["kind"], float(r["amount"])) for r in stored("certificate")}
-    kinds = dict(paper=conditions(), pure=[c for c in conditions() if c.kind != "corner colours"])   # one colour has no corners
+    have = {(r["task"], r["palette"], r["kind"], float(r["amount"])) for r in stored("certificate")}
+    kinds = dict(random=conditions(), fixed=[c for c in conditions() if c.kind != "corner colours"])   # one colour has no corners
     assert have == {(w, p, c.kind, float(c.amount)) for w in TASKS for p in kinds for c in kinds[p]}
 
 
 def test_the_stored_refusals_are_whole():
-    have = {(r["world"], r["palette"], r["fault"], r["object"], float(r["amount"])) for r in stored("refusals") if r["fault"] in GROWING}
-    assert have == {(w, p, k, o, float(a)) for w, t in TASKS.items() for p in ("paper", "pure")
+    have = {(r["task"], r["palette"], r["fault"], r["object"], float(r["amount"])) for r in stored("refusals") if r["fault"] in GROWING}
+    assert have == {(w, p, k, o, float(a)) for w, t in TASKS.items() for p in ("random", "fixed")
                     for k, (_, amounts, each) in GROWING.items() for o in (t.colours if each else "-") for a in amounts}
 
 
 def pick(name, **key): return next(r for r in stored(name) if all(r[k] == v for k, v in key.items()))
 
 
-@pytest.mark.parametrize("world,palette,kind,amount", [
-    ("two_squares", "paper", "size", "32"), ("sun_shadow", "pure", "noise", "0.03"), ("perspective", "pure", "background", "0.03"),
-    ("two_circles", "paper", "length", "1.5")])
-def test_the_stored_certificate_is_what_the_ruler_gives_today(world, palette, kind, amount):
+@pytest.mark.parametrize("task,palette,kind,amount", [
+    ("two_squares", "random", "size", "32"), ("sun_shadow", "fixed", "noise", "0.03"), ("perspective", "fixed", "background", "0.03"),
+    ("two_circles", "random", "length", "1.5")])
+def test_the_stored_certificate_is_what_the_ruler_gives_today(task, palette, kind, amount):
     "Small differences in arithmetic between machines may move one image across a gate."
-    row = pick("certificate", world=world, palette=palette, kind=kind, amount=amount)
+    row = pick("certificate", task=task, palette=palette, kind=kind, amount=amount)
     condition = next(c for c in conditions(kind) if c.amount == float(amount))
-    new = certify(get_task(world, palette=palette), condition, int(row["n"]))
+    new = certify(get_task(task, palette=palette), condition, int(row["n"]))
     assert new.readable == pytest.approx(float(row["readable"]), abs=1.5/new.n)
     assert new.length_px == pytest.approx(float(row["length_px"]), abs=2e-4 + .02*float(row["length_px"]))
 
 
 @pytest.mark.parametrize("palette,fault,amount", [
-    ("pure", "wrong colour", "0.2"), ("paper", "cut off, px", "0.7"), ("paper", "missing", "0.9")])
+    ("fixed", "wrong colour", "0.2"), ("random", "cut off, px", "0.7"), ("random", "missing", "0.9")])
 def test_the_stored_refusals_are_what_the_ruler_gives_today(palette, fault, amount):
-    row, world = pick("refusals", world="two_circles", palette=palette, fault=fault, object="cool", amount=amount), "two_circles"
-    task, n = get_task(world, palette=palette), int(pick("refusals", world=world, palette=palette, fault="white")["n"])
+    row, task = pick("refusals", task="two_circles", palette=palette, fault=fault, object="cool", amount=amount), "two_circles"
+    task, n = get_task(task, palette=palette), int(pick("refusals", task=task, palette=palette, fault="white")["n"])
     draw, amounts, _ = GROWING[fault]
     new = refusal(task, fault, 1, float(amount), draw(task, n, 2, 1, float(amount))[0], draw(task, n, 2, 1, amounts[-1])[1])
     assert new.n == int(row["n"]) and new.accepted == pytest.approx(float(row["accepted"]), abs=2.5/new.n)

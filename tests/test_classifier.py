@@ -5,35 +5,35 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import rulediff_nb.features  # noqa: F401 (gives the worlds their ruler)
+import rulediff_nb.features  # noqa: F401 (gives the tasks their ruler)
 from rulediff_nb.classifier import (
-    KINDS,
+    CLASSES,
     ON,
     PIXEL,
     PUBLISHED_MARGINS,
     ClassifierRun,
     RuleClassifier,
-    as_kind,
+    as_class,
     calibration_error,
     calibration_floor,
     classifier,
     classifier_steps,
     contrastive,
     contrastive_factors,
-    each_kind,
+    each_class,
     fit_classifier,
     fit_pixels,
     graded_factors,
-    level_of,
+    timestep_of,
     load_classifier,
     margins_for,
-    noised_answers,
+    noised_outputs,
     pixel_classifier,
     right,
     scenes_for,
     split,
     supervised_contrast,
-    told_apart,
+    bayes_accuracy,
 )
 from rulediff_nb.schedule import best_accuracy, noise_schedule, snr
 from rulediff_nb.store import StoreError, save_release
@@ -42,20 +42,20 @@ from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
 
 SMALL = dict(channels=(8, 8), attention=(False, False), width=8, batch=8)
-worlds = pytest.mark.parametrize("world", TASKS)
+tasks = pytest.mark.parametrize("task", TASKS)
 
 
 def parts(task, f, classes): return [task.Factors(*(v.view(classes, -1)[k] for v in f)) for k in range(classes)]
 
 
-@worlds
-def test_kinds_differ_in_the_rule_alone(world):
-    "By the factors: the dependent length is off by the margin, all other factors have one law, the coarse rule breaks in its kind alone."
-    task = TASKS[world]
+@tasks
+def test_kinds_differ_in_the_rule_alone(task):
+    "By the factors: the dependent length is off by the margin, all other factors have one distribution, the coarse rule breaks in its kind alone."
+    task = TASKS[task]
     for margin in margins_for(task):
         f, y = contrastive_factors(task, 200, 3, margin, classes=4)
         assert y.tolist() == [k for k in range(4) for _ in range(200)]
-        for kind, g in zip(KINDS, parts(task, f, 4)):
+        for kind, g in zip(CLASSES, parts(task, f, 4)):
             off = torch.sub(*task.dependent(g))
             want = dict(down=-margin, up=margin).get(kind, 0.)
             if kind != "coarse":
@@ -63,10 +63,10 @@ def test_kinds_differ_in_the_rule_alone(world):
             else: assert not task.coarse(g).any()
 
 
-@worlds
-def test_kinds_have_one_law_of_everything_else(world):
-    "Scenes of the kinds, put back on the rule, come from one law: no factor tells the kinds apart (Kolmogorov-Smirnov, n=1500 each)."
-    task, margin, n = TASKS[world], margins_for(world)[0], 1500
+@tasks
+def test_kinds_have_one_law_of_everything_else(task):
+    "Scenes of the kinds, put back on the rule, come from one distribution: no factor tells the kinds apart (Kolmogorov-Smirnov, n=1500 each)."
+    task, margin, n = TASKS[task], margins_for(task)[0], 1500
     down, on, up = parts(task, contrastive_factors(task, n, 4, margin)[0], 3)
     for a, m in ((down, margin), (up, -margin)):
         back = task.with_dependent(a, getattr(a, task.length) + m)
@@ -76,9 +76,9 @@ def test_kinds_have_one_law_of_everything_else(world):
             assert (torch.searchsorted(u, at, right=True) - torch.searchsorted(v, at, right=True)).abs().max()/n < 1.95*math.sqrt(2/n)
 
 
-@worlds
-def test_the_ruler_reads_what_the_labels_say(world):
-    task, margin = TASKS[world].with_(palette="pure"), margins_for(world)[0]
+@tasks
+def test_the_ruler_reads_what_the_labels_say(task):
+    task, margin = TASKS[task].with_(palette="fixed"), margins_for(task)[0]
     x, y = contrastive(task, 60, 0, margin)
     f = task.features(x)
     off = torch.sub(*task.dependent(f))
@@ -139,7 +139,7 @@ def test_pixel_classifier_refuses():
 
 
 def test_pixel_training_learns_and_repeats():
-    x, y = contrastive(TASKS["two_squares"].with_(palette="pure", size=16), 40, 0, 1/16)
+    x, y = contrastive(TASKS["two_squares"].with_(palette="fixed", size=16), 40, 0, 1/16)
     nets = [pixel_classifier("mlp", 16) for _ in range(2)]
     losses = [list(fit_pixels(n, x, y, 20, 16, 1e-3)) for n in nets]
     assert losses[0] == losses[1] and losses[0][-1] < .7*losses[0][0] and right(nets[0], x, y).float().mean() > .6
@@ -169,7 +169,7 @@ def test_supervised_contrast_against_loops(y):
 
 def test_guidance_classifier_is_told_the_level_and_has_the_worlds_margins():
     clf = classifier("laptop", "two_circles", **SMALL)
-    assert clf.recipe.margins == margins_for("two_circles") and clf.recipe.world.name == "two_circles"
+    assert clf.recipe.margins == margins_for("two_circles") and clf.recipe.task.name == "two_circles"
     x = torch.randn(3, 3, 32, 32)
     assert clf(x, 10).shape == (3, 3) and not torch.allclose(clf(x, 10), clf(x, 900))
     assert torch.allclose(clf(x, 10)[1], clf(x, torch.tensor([500, 10, 10]))[1], atol=1e-5)
@@ -185,7 +185,7 @@ def test_classifier_refuses(kw, said):
 def test_training_repeats_and_lowers_the_loss(kw):
     logs = []
     for _ in range(2):
-        clf = classifier("laptop", TASKS["two_squares"].with_(size=16, palette="pure"), 1, **SMALL, lr=2e-3, margins=(1/16,), **kw)
+        clf = classifier("laptop", TASKS["two_squares"].with_(size=16, palette="fixed"), 1, **SMALL, lr=2e-3, margins=(1/16,), **kw)
         logs.append([s.loss for s in classifier_steps(clf, 1, 120, 100)])
     assert logs[0] == logs[1] and sum(logs[0][-30:]) < sum(logs[0][:30]) and not clf.training
 
@@ -218,8 +218,8 @@ def test_saved_as_a_folder(tmp_path):
 
 
 def released(folder, **changes):
-    clf = classifier("laptop", TASKS["two_squares"].with_(palette="pure"), **SMALL)
-    save_release(folder, "two_squares-pure-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict() | changes))
+    clf = classifier("laptop", TASKS["two_squares"].with_(palette="fixed"), **SMALL)
+    save_release(folder, "two_squares-fixed-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict() | changes))
     return clf
 
 
@@ -227,9 +227,9 @@ def test_load_classifier(tmp_path):
     clf = released(tmp_path)
     got, x = load_classifier("two_squares", folder=tmp_path), torch.randn(2, 3, 32, 32)
     assert torch.allclose(got(x, 5), clf.eval()(x, 5), atol=1e-2) and not got.training and got.manifest["sha256"]
-    with pytest.raises(StoreError, match="two_squares-paper-classifier"): load_classifier("two_squares", "paper", folder=tmp_path)
+    with pytest.raises(StoreError, match="two_squares-random-classifier"): load_classifier("two_squares", "random", folder=tmp_path)
     with pytest.raises(ValueError, match="circle"): load_classifier("circle", folder=tmp_path)
-    file = tmp_path/"two_squares-pure-classifier.safetensors"
+    file = tmp_path/"two_squares-fixed-classifier.safetensors"
     b = bytearray(file.read_bytes())
     b[-1] ^= 1
     file.write_bytes(b)
@@ -238,35 +238,35 @@ def test_load_classifier(tmp_path):
 
 def test_load_classifier_refuses_another_world_or_network(tmp_path):
     released(tmp_path, task=get_task("two_circles").spec())
-    with pytest.raises(StoreError, match="two_circles-paper"): load_classifier("two_squares", folder=tmp_path)
+    with pytest.raises(StoreError, match="two_circles-random"): load_classifier("two_squares", folder=tmp_path)
     released(tmp_path, width=16)
     with pytest.raises(StoreError, match="does not fit"): load_classifier("two_squares", folder=tmp_path)
 
 
 @pytest.mark.parametrize("betas", ["linear", "cosine"])
 def test_level_of_is_the_nearest(betas):
-    abar = noise_schedule(kind=betas).alphas_cumprod
+    abar = noise_schedule(betas=betas).alphas_cumprod
     for sigma in (.02, .3, 2., 20.):
-        t = level_of(sigma, abar)
+        t = timestep_of(sigma, abar)
         off = (math.log(sigma) + .5*snr(abar).log()).abs()
         assert off[t] <= off[max(t - 1, 0):t + 2].min()
     for bad in (0., -1., math.nan):
-        with pytest.raises(ValueError, match="above 0"): level_of(bad, abar)
+        with pytest.raises(ValueError, match="above 0"): timestep_of(bad, abar)
 
 
 def test_noised_answers_do_not_depend_on_the_batch():
     clf, x = classifier("laptop", "two_squares", **SMALL).eval(), torch.rand(300, 3, 32, 32)
-    a, b = noised_answers(clf, x, 100, 1), noised_answers(clf, x[:10], 100, 1)
-    assert torch.allclose(a[:10], b, atol=1e-5) and not torch.allclose(b, noised_answers(clf, x[:10], 100, 2))
+    a, b = noised_outputs(clf, x, 100, 1), noised_outputs(clf, x[:10], 100, 1)
+    assert torch.allclose(a[:10], b, atol=1e-5) and not torch.allclose(b, noised_outputs(clf, x[:10], 100, 2))
 
 
 def test_told_apart_is_the_formula_for_two():
-    "Of two scenes the normal law of best_accuracy; of three alike a third."
+    "Of two scenes the normal distribution of best_accuracy; of three alike a third."
     xa, xb = (TASKS["two_squares"].sample(4000, 0, violate=v, margin=1/64)[0] for v in (None, "up"))
     for sigma in (.3, 1., 3.):
         want = best_accuracy(xa, xb, torch.tensor([1/(1 + sigma**2)])).mean().item()
-        assert abs(told_apart(torch.stack([xa, xb], 1), sigma) - want) < 4*math.sqrt(.25/4000)
-    assert abs(told_apart(torch.stack([xa]*3, 1), 1.) - 1/3) < .03
+        assert abs(bayes_accuracy(torch.stack([xa, xb], 1), sigma) - want) < 4*math.sqrt(.25/4000)
+    assert abs(bayes_accuracy(torch.stack([xa]*3, 1), 1.) - 1/3) < .03
 
 
 def test_calibration_error():
@@ -289,22 +289,22 @@ def test_scenes_for_are_on_the_rule_and_have_their_margin():
 
 def test_the_classifier_fits_its_model():
     "Its schedule is that of the preset it guides."
-    for preset in ("laptop", "paper"):
+    for preset in ("laptop", "published"):
         a = classifier(preset, "two_squares", **(SMALL if preset == "laptop" else dict(channels=(32,), attention=(False,), layers=1))).abar
         assert torch.equal(a, unet("laptop", "two_squares").abar if preset == "laptop" else noise_schedule().alphas_cumprod)
 
 
 def test_the_paper_size_trains():
     "As wide as the study's (about 20 million parameters); a step of it, on few images."
-    clf = classifier("paper", "two_squares", batch=6)
+    clf = classifier("published", "two_squares", batch=6)
     assert 15e6 < sum(p.numel() for p in clf.parameters()) < 30e6
     steps = list(classifier_steps(clf, 0, 1, n=2))
     assert len(steps) == 1 and steps[0].images == 6 and math.isfinite(steps[0].loss)
 
 
 def test_each_kind_draws_a_scene_as_its_kinds_are_drawn_alone():
-    task = TASKS["two_squares"].with_(palette="pure")
+    task = TASKS["two_squares"].with_(palette="fixed")
     f, m = scenes_for(task, 3, 0, 1/16)
-    x = each_kind(task, f, m, 4)
-    assert x.shape == (3, 4, 3, 32, 32) and torch.equal(x[:, :3], each_kind(task, f, 1/16))
-    for k, kind in enumerate(KINDS): assert torch.equal(x[:, k], task.render(as_kind(task, f, kind, m)))
+    x = each_class(task, f, m, 4)
+    assert x.shape == (3, 4, 3, 32, 32) and torch.equal(x[:, :3], each_class(task, f, 1/16))
+    for k, kind in enumerate(CLASSES): assert torch.equal(x[:, k], task.render(as_class(task, f, kind, m)))

@@ -32,8 +32,8 @@ from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
 REPORT = "report", "--task", "two_squares", "--images"   # then the images
-SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, prediction="sample", contrast=0.)
-TASK = get_task("two_squares", palette="pure", size=16)
+SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, prediction="sample", sigma_data=0.)
+TASK = get_task("two_squares", palette="fixed", size=16)
 PIXELS = to_bytes(TASKS["two_squares"].sample(8, 0)[0])
 
 
@@ -55,7 +55,7 @@ def fails(capsys, *args):
 def release(folder, **more):
     m = unet("laptop", TASK, **SMALL)
     said = dict(recipe=m.recipe.to_dict(), seed=0, set_seed=0, steps=1, images_in_set=30)
-    save_release(folder, "two_squares-pure", m.state_dict(), said | more)
+    save_release(folder, "two_squares-fixed", m.state_dict(), said | more)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_unknown_worlds_list_the_known_ones(args, capsys, pngs, tmp_path):
 
 
 @pytest.mark.parametrize("args,word", [
-    (["--palette", "sepia"], "sepia"), (["--preset", "desktop"], "laptop, paper"), (["--steps", "0"], "steps"), (["--n", "-1"], "n must"),
+    (["--palette", "sepia"], "sepia"), (["--preset", "desktop"], "laptop, published"), (["--steps", "0"], "steps"), (["--n", "-1"], "n must"),
     (["--seed", "-1"], "seed"), (["--score", "3"], "score")])
 def test_train_refuses_before_it_works(args, word, capsys, tmp_path):
     assert word in fails(capsys, "train", "two_squares", "--out", tmp_path/"runs", *args) and not (tmp_path/"runs").exists()
@@ -116,7 +116,7 @@ def test_demo(weights, tmp_path, capsys):
     status, out, _ = run(capsys, "demo", "--n", 16, "--steps", 2, "--out", tmp_path/"d")
     assert status == 0 and sorted(p.name for p in (tmp_path/"d").iterdir()) == ["demo.csv", "demo.png", "demo.txt"]
     text = (tmp_path/"d"/"demo.txt").read_text()
-    assert text.strip() in out and all(k in text for k in (*SHOWN, "floor", "model", "chance", "two_squares pure"))
+    assert text.strip() in out and all(k in text for k in (*SHOWN, "floor", "model", "chance", "two_squares fixed"))
     assert Image.open(tmp_path/"d"/"demo.png").size[0] > 100
     rows = list(csv.DictReader((tmp_path/"d"/"demo.csv").open()))
     assert [r["images"] for r in rows] == ["floor", "model", "chance"] and {r["schema"] for r in rows} == {str(SCHEMA)}
@@ -126,7 +126,7 @@ def test_demo(weights, tmp_path, capsys):
 
 def test_demo_has_a_guided_row_where_a_classifier_is_shipped(weights, tmp_path, capsys):
     clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8)
-    save_release(tmp_path/"classifiers", "two_squares-pure-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict()))
+    save_release(tmp_path/"classifiers", "two_squares-fixed-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict()))
     for scale, want in ((2, ["floor", "model", "guided", "chance"]), (0, ["floor", "model", "chance"])):
         status, *_ = run(capsys, "demo", "--n", 16, "--steps", 2, "--scale", scale, "--out", tmp_path/"d")
         rows = list(csv.DictReader((tmp_path/"d"/"demo.csv").open()))
@@ -169,12 +169,12 @@ def test_a_model_that_has_learned_nothing_is_measured(weights, tmp_path, capsys,
     pale = .5 + .5*torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(cli, "sample_batches", lambda *args, **kw: iter([pale]))
     status, out, err = run(capsys, "demo", "--n", 16, "--out", tmp_path/"d")
-    assert status == 0 and "two_squares pure" in out, err
+    assert status == 0 and "two_squares fixed" in out, err
 
 
 @pytest.mark.parametrize("args,word", [(["--n", "0"], "n must"), (["--n", "-5"], "n must"),
                                        (["--steps", "0"], "steps"), (["--steps", "1001"], "steps"), (["--seed", "-1"], "seed"),
-                                       (["--only", "moon"], "two_squares-pure")])
+                                       (["--only", "moon"], "two_squares-fixed")])
 def test_demo_refuses_before_it_works(args, word, weights, tmp_path, capsys):
     assert word in fails(capsys, "demo", *args, "--out", tmp_path/"d") and not (tmp_path/"d").exists()
 
@@ -191,9 +191,9 @@ def test_demo_without_weights(tmp_path, capsys, monkeypatch):
 
 
 def test_demo_with_damaged_weights(weights, tmp_path, capsys):
-    f = weights/"two_squares-pure.safetensors"
+    f = weights/"two_squares-fixed.safetensors"
     f.write_bytes(f.read_bytes()[:-1])
-    assert "two_squares-pure.safetensors" in fails(capsys, "demo", "--n", 16, "--out", tmp_path/"d") and not list((tmp_path/"d").iterdir())
+    assert "two_squares-fixed.safetensors" in fails(capsys, "demo", "--n", 16, "--out", tmp_path/"d") and not list((tmp_path/"d").iterdir())
 
 
 def test_a_disk_that_fills_up_in_the_demo(weights, tmp_path, capsys, monkeypatch):
@@ -274,19 +274,19 @@ def test_train_interrupted_resumed_released(tiny, tmp_path, capsys, monkeypatch)
     assert load_tensors(run_b/"checkpoint.safetensors")[1]["step"] == 2
     with pytest.raises(ValueError, match="partial, 2 of 4 steps"): cli.release(run_b, tmp_path/"wb")
     assert run(capsys, *TRAIN, "--out", tmp_path/"b", "--weights", tmp_path/"wb")[0] == 0
-    one, two = ((tmp_path/w/"two_squares-pure.safetensors").read_bytes() for w in ("wa", "wb"))
+    one, two = ((tmp_path/w/"two_squares-fixed.safetensors").read_bytes() for w in ("wa", "wb"))
     assert one == two
     m = load_pretrained("two_squares", folder=tmp_path/"wb")
     said = m.manifest
     assert said["steps"] == 4 and said["images_in_set"] == 20 and said["images_seen"] == 16 and said["seed"] == 0
-    assert said["report"]["n"] == 64 and {"rule_gap", "yield_", "copies"} <= set(said["report"]["rows"])
+    assert said["report"]["n"] == 64 and {"rule_gap", "readable", "memorized"} <= set(said["report"]["rows"])
     assert {"revision", "hardware", "sha256", "torch", "diffusers"} <= set(said) and json.dumps(said, allow_nan=False)
 
 
 def test_train_beside_its_checkpoint_and_again(tiny, tmp_path, capsys):
     for _ in range(2): assert run(capsys, *TRAIN, "--out", tmp_path)[0] == 0   # a finished run is measured again, not repeated
     names = sorted(p.name for p in next(tmp_path.iterdir()).iterdir() if p.name != ".lock")
-    assert names == ["checkpoint.safetensors", "two_squares-pure.json", "two_squares-pure.safetensors"]
+    assert names == ["checkpoint.safetensors", "two_squares-fixed.json", "two_squares-fixed.safetensors"]
 
 
 def test_train_with_a_damaged_checkpoint(tiny, tmp_path, capsys):
@@ -313,7 +313,7 @@ def test_report_on_a_folder(pngs, tmp_path, capsys):
     status, out, _ = run(capsys, *REPORT, pngs, "--out", tmp_path/"r.csv")
     assert status == 0 and "8 images" in out and "not measured" in out
     rows = list(csv.DictReader((tmp_path/"r.csv").open()))
-    assert [r["images"] for r in rows] == ["floor", "images", "chance"] and float(rows[1]["yield_"]) == 1
+    assert [r["images"] for r in rows] == ["floor", "images", "chance"] and float(rows[1]["readable"]) == 1
     assert float(rows[1]["error_px"]) < .05
 
 
@@ -333,8 +333,8 @@ def test_report_on_an_npz(tmp_path, capsys):
 
 def test_report_at_another_size_and_palette(tmp_path, capsys):
     np.savez(tmp_path/"x.npz", to_bytes(TASK.sample(4, 0)[0]))
-    status, out, _ = run(capsys, *REPORT, tmp_path/"x.npz", "--palette", "pure")
-    assert status == 0 and "size=16" in out and "palette=pure" in out
+    status, out, _ = run(capsys, *REPORT, tmp_path/"x.npz", "--palette", "fixed")
+    assert status == 0 and "size=16" in out and "palette=fixed" in out
 
 
 def test_images_are_measured_once(pngs, tmp_path, capsys, monkeypatch):
@@ -381,7 +381,7 @@ BAD = {  # what stands in the file, its name, a word of the reason
     "pages": (lambda p: ONE.save(p, save_all=True, append_images=[ONE]), "z.tif", "2 frames"),
     "size": (blank(16, 16).save, "z.png", "is 16x16, most of the others are 32x32"),
     "oblong": (blank(32, 16).save, "0.png", "is 32x16, wanted a square"),
-    "small": (blank(15, 15).save, "z.png", "is 15x15: a world has 16 to 256 pixels a side"),
+    "small": (blank(15, 15).save, "z.png", "is 15x15: a task has 16 to 256 pixels a side"),
     "huge": (blank(257, 257).save, "z.PNG", "is 257x257"),
     "empty": (lambda p: p.write_bytes(b""), "z.png", "is not an image"),
     "text": (lambda p: p.write_text("hello"), "z.webp", "is not an image"),
@@ -462,7 +462,7 @@ def test_all_sizes_of_worlds_are_read(size, tmp_path, capsys):
     for i, v in enumerate(to_bytes(x)): Image.fromarray(v).save(tmp_path/f"{i}.png")
     assert (load_images(tmp_path) - x).abs().max() < 1/127
     if size < 32:
-        status, out, _ = run(capsys, *REPORT, tmp_path, "--palette", "pure")
+        status, out, _ = run(capsys, *REPORT, tmp_path, "--palette", "fixed")
         assert status == 0 and f"size={size}" in out
 
 
@@ -600,13 +600,13 @@ def test_a_report_as_markdown(name, mixed, tmp_path, capsys):
     see_through(ONE, 255).save(mixed/"0.png")
     assert run(capsys, *REPORT, mixed, "--out", tmp_path/name)[0] == 0
     text = (tmp_path/name).read_text()
-    assert text.startswith("# name=two_squares size=32 palette=paper\n\n8 read, 2 files could not be used.\n")
+    assert text.startswith("# name=two_squares size=32 palette=random\n\n8 read, 2 files could not be used.\n")
     assert "\n1 of 8 images: alpha channel that is opaque everywhere, dropped.\n" in text
     table = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert table[0] == ["", "8 images", "95 % interval", "floor", "chance"] and {len(r) for r in table} == {5}
     rows = {r[0]: r for r in table[2:]}
-    assert tuple(rows) == ROWS and rows["copies"][1] == "not measured"
-    assert rows["yield_"][1:] == ["0.875", "0.625 .. 1.000", "1.000", "1.000"]
+    assert tuple(rows) == ROWS and rows["memorized"][1] == "not measured"
+    assert rows["readable"][1:] == ["0.875", "0.625 .. 1.000", "1.000", "1.000"]
     assert text.endswith(f"## Not used\n\n- `z.jpg` {read_images(mixed).problems[0].why}\n- `z.png` {read_images(mixed).problems[1].why}\n")
 
 
@@ -633,11 +633,11 @@ def test_a_list_that_cannot_be_written(pngs, capsys):
 def test_doctor(weights, tmp_path, capsys):
     status, out, _ = run(capsys, "doctor", "--out", tmp_path/"d")
     assert status == 0 and all(k in out for k in (*cli.LIBRARIES, torch.__version__, "device", "can be written"))
-    assert out.splitlines()[-1].split() == ["two_squares-pure", "ok"] and not list((tmp_path/"d").glob("*"))
+    assert out.splitlines()[-1].split() == ["two_squares-fixed", "ok"] and not list((tmp_path/"d").glob("*"))
 
 
 def test_doctor_sees_what_is_wrong(weights, tmp_path, capsys):
-    f = weights/"two_squares-pure.safetensors"
+    f = weights/"two_squares-fixed.safetensors"
     f.write_bytes(f.read_bytes() + b"x")
     (tmp_path/"file").write_text("")
     status, out, _ = run(capsys, "doctor", "--out", tmp_path/"file"/"d")
@@ -653,18 +653,18 @@ def test_doctor_names_a_missing_library(weights, tmp_path, capsys, monkeypatch):
         return plain(name)
     monkeypatch.setattr(meta, "version", version)
     status, out, _ = run(capsys, "doctor", "--out", tmp_path/"d")
-    assert status == 0 and "ipywidgets" in out and "two_squares-pure" in out
+    assert status == 0 and "ipywidgets" in out and "two_squares-fixed" in out
 
 
 def test_a_run_goes_on_with_attention_and_another_rate(tmp_path):
     "What a finished run has learned is where the next one begins, also where that one has attention at more resolutions."
     assert cli.changes("laptop", 0., False) == {}
     model, remarks, _ = cli.begin(unet("laptop", "two_squares", 3), 3, "")
-    for _ in train_steps(model, model.recipe.world.sample(8, 3)[0], tmp_path/"run", 2, 3, remarks=remarks): pass
+    for _ in train_steps(model, model.recipe.task.sample(8, 3)[0], tmp_path/"run", 2, 3, remarks=remarks): pass
     more, remarks, batches = cli.begin(unet("laptop", "two_squares", 3, **cli.changes("laptop", 1e-3, True)), 3, str(tmp_path/"run"))
     x, t = torch.zeros(2, 3, 32, 32), torch.tensor([10, 800])
     with torch.no_grad(): assert (more.eval().predict(x, t) - model.eval().predict(x, t)).abs().max() < 1e-3
     assert more.recipe.lr == 1e-3 and more.recipe.attention == (False, True, True) and remarks["before"] == 2 and batches != 3
-    assert [(v["steps"], v["images"], v["lr"]) for v in remarks["legs"]] == [(2, 64, model.recipe.lr)]
+    assert [(v["steps"], v["images"], v["lr"]) for v in remarks["stages"]] == [(2, 64, model.recipe.lr)]
     with pytest.raises(StoreError, match="another network"): cli.begin(unet("laptop", "two_circles", 3), 3, str(tmp_path/"run"))
     with pytest.raises(ValueError, match="lr must be"): cli.changes("laptop", -1., False)

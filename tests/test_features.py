@@ -11,7 +11,7 @@ from rulediff_nb.features import REASONS, Oval, oval_slopes, rect_slopes
 from rulediff_nb.tasks import TASKS, Disc, Rect, SunShadow, TwoCircles, disc_coverage, get_task, rect_coverage
 
 names = pytest.mark.parametrize("name", TASKS)
-palettes = pytest.mark.parametrize("palette", ["paper", "pure"])
+palettes = pytest.mark.parametrize("palette", ["random", "fixed"])
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def geometry(task): return [k for k in task.Factors._fields if k not in ("rgb", 
 
 # what it reads
 @settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from(list(TASKS)), palette=st.sampled_from(["paper", "pure"]), seed=st.integers(0, 2**40),
+@given(name=st.sampled_from(list(TASKS)), palette=st.sampled_from(["random", "fixed"]), seed=st.integers(0, 2**40),
        size=st.sampled_from([24, 32, 48, 64]), violate=st.sampled_from([None, "up", "down", "free", "coarse"]))
 def test_any_scene_reads_back(name, palette, seed, size, violate):
     "What is read is right, to .05 px in every number and six stated errors in the dependent length; what is long enough is read."
@@ -56,7 +56,7 @@ def test_colours_and_side(name, palette):
     r = ft.readable
     assert r.float().mean() > .5
     if hasattr(f, "side"): assert (ft.side == f.side)[r].all()
-    if palette == "pure": assert (ft.rgb - f.rgb)[r].abs().max() < .02
+    if palette == "fixed": assert (ft.rgb - f.rgb)[r].abs().max() < .02
     assert torch.equal(task.coarse(ft)[r], task.coarse(f)[r])
 
 
@@ -72,7 +72,7 @@ def test_fields(name):
 @pytest.mark.parametrize("size", [16, 128])
 @names
 def test_other_sizes(name, size):
-    task, f, ft = read(name, n=8, size=size, palette="pure")
+    task, f, ft = read(name, n=8, size=size, palette="fixed")
     ok = getattr(f, task.length)*size > .1
     assert ft.readable[ok].all()
     assert ((getattr(ft, task.length) - getattr(f, task.length))[ok].abs()*size).max() < .02
@@ -126,7 +126,7 @@ def test_none(name):
 
 
 def test_mirrored_scene():
-    task = SunShadow(palette="pure")
+    task = SunShadow(palette="fixed")
     x, _ = task.sample(16, 2)
     a, b = task.features(to_8bit(x)), task.features(to_8bit(x).flip(3))
     r = a.readable & b.readable
@@ -191,7 +191,7 @@ def test_a_foreign_patch(name, palette):
 
 @pytest.mark.parametrize("name", ["perspective", "two_circles", "two_squares"])
 def test_swapped_colours_break_the_coarse_rule(name):
-    task = get_task(name, palette="pure")
+    task = get_task(name, palette="fixed")
     f = task.factors(32, 4)
     ft = task.features(to_8bit(task.render(f._replace(rgb=f.rgb.flip(1)))))
     assert ft.readable.float().mean() > .9 and not task.coarse(ft)[ft.readable].any()
@@ -208,7 +208,7 @@ def test_below_two_pixels_nothing_is_made_up():
 @pytest.mark.parametrize("change", [lambda x: x - .04, lambda x: (x + .02*row_noise(1, range(len(x)), x.shape[1:])).clamp(-1, 1)],
                          ids=["tinted", "noisy"])
 def test_what_models_do_is_read(name, change):
-    task, f, ft = read(name, n=64, change=change, palette="pure")
+    task, f, ft = read(name, n=64, change=change, palette="fixed")
     ok = getattr(f, task.length)*32 > 2.1
     assert ft.readable[ok].float().mean() > .95
     assert (getattr(ft, task.length) - getattr(f, task.length))[ok & ft.readable].abs().median()*32 < .03

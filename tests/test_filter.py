@@ -1,4 +1,4 @@
-"Filters keep exactly what their judge lets through, and count what it cost."
+"Filters keep exactly what their scorer lets through, and count what it cost."
 import math
 
 import pytest
@@ -6,12 +6,12 @@ import torch
 
 from rulediff_nb.classifier import classifier, pixel_classifier
 from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, counting, keep
-from rulediff_nb.guide import Aside, AtClean, Pull, Towards, classifier_free, guided
+from rulediff_nb.guide import ShuffledGuidance, CleanGuidance, Guidance, ClassifierGuidance, classifier_free, guided
 from rulediff_nb.sample import sample
 from rulediff_nb.tasks import TASKS
 from rulediff_nb.unet import unet
 
-TASK = TASKS["two_squares"].with_(palette="pure")
+TASK = TASKS["two_squares"].with_(palette="fixed")
 
 
 def net(): return unet("laptop", TASK, channels=(16, 16), attention=(False, False), head_dim=8).eval()
@@ -24,14 +24,14 @@ def test_keep_is_a_filter_over_the_samplers_own_rows():
     least = brightness(rows).median().item()
     k, want = keep(m, brightness, least, 8, 3, 0., 5), (brightness(rows) >= least).nonzero()[:8, 0]
     assert torch.allclose(k.x, rows[want], atol=1e-4) and (brightness(k.x) >= least).all()
-    assert k.drawn == want[-1] + 1 and k.calls == 3*k.drawn/8
+    assert k.drawn == want[-1] + 1 and k.nfe == 3*k.drawn/8
     assert torch.allclose(keep(m, brightness, least, 3, 3, 0., 5).x, k.x[:3], atol=1e-4)   # fewer are the first of many
 
 
 def test_keep_takes_all_from_a_judge_that_lets_all_through():
     m = net()
     k = keep(m, lambda x: torch.zeros(len(x)), -1., 5, 3, 1., 2)
-    assert torch.equal(k.x, sample(m, 5, 3, 1., 2)) and k.drawn == 5 and k.calls == 3
+    assert torch.equal(k.x, sample(m, 5, 3, 1., 2)) and k.drawn == 5 and k.nfe == 3
 
 
 def test_new_images_are_drawn_each_time():
@@ -50,25 +50,25 @@ def test_best_of_takes_the_best_of_each_group():
     m = net()
     b, rows = best_of(m, brightness, 3, 6, 3, 0., 5), sample(m, 18, 3, 0., 5)
     want = rows[brightness(rows).view(6, 3).argmax(1) + 3*torch.arange(6)]
-    assert torch.equal(b.x, want) and b.drawn == 18 and b.calls == 9
+    assert torch.equal(b.x, want) and b.drawn == 18 and b.nfe == 9
     assert torch.equal(best_of(m, brightness, 1, 6, 3, 0., 5).x, sample(m, 6, 3, 0., 5))
 
 
 def test_every_denoiser_inside_is_counted():
     m = unet("laptop", TASK, channels=(16, 16), attention=(False, False), head_dim=8, classes=3).eval()
-    assert best_of(classifier_free(m), brightness, 2, 3, 3).calls == 2*3*2       # two answers at each step
+    assert best_of(classifier_free(m), brightness, 2, 3, 3).nfe == 2*3*2       # two answers at each step
     clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
-    assert best_of(guided(net(), clf), brightness, 2, 3, 3).calls == 2*3         # the classifier is no denoiser
-    assert best_of(guided(net(), AtClean(clf)), brightness, 2, 3, 3).calls in (2*6, 2*5)   # asked again for x0_hat, but in pure noise
+    assert best_of(guided(net(), clf), brightness, 2, 3, 3).nfe == 2*3         # the classifier is no denoiser
+    assert best_of(guided(net(), CleanGuidance(clf)), brightness, 2, 3, 3).nfe in (2*6, 2*5)   # asked again for x0_hat, but in pure noise
 
 
 def test_what_counts_is_chosen_and_counts_no_longer_than_the_context():
     m, clf = net(), classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
-    g = guided(m, Aside(Towards(clf)))
-    with counting(g) as calls, counting(g, type(g.pull)) as gradients, counting(g, Pull) as pulls: sample(g, 4, 5)
-    assert calls[0] == 20 and gradients[0] in (16, 20) and pulls[0] == 2*gradients[0]   # none in pure noise; one pull inside the other
+    g = guided(m, ShuffledGuidance(ClassifierGuidance(clf)))
+    with counting(g) as nfe, counting(g, type(g.pull)) as gradients, counting(g, Guidance) as pulls: sample(g, 4, 5)
+    assert nfe[0] == 20 and gradients[0] in (16, 20) and pulls[0] == 2*gradients[0]   # none in pure noise; one pull inside the other
     sample(g, 4, 5)
-    assert calls[0] == 20 and not any(v._forward_hooks for v in g.modules())
+    assert nfe[0] == 20 and not any(v._forward_hooks for v in g.modules())
 
 
 def test_a_guidance_classifier_judges_no_images():
@@ -81,11 +81,11 @@ def test_a_model_must_be_one():
     with pytest.raises(TypeError, match="recipe"): keep(torch.nn.Linear(2, 2), brightness, 0.)
 
 
-@pytest.mark.parametrize("judge,said", [(pixel_classifier("small_conv"), "by_classifier"), (lambda x: 3., "float"),
+@pytest.mark.parametrize("scorer,said", [(pixel_classifier("small_conv"), "by_classifier"), (lambda x: 3., "float"),
                                         (by_verdict(pixel_classifier("mlp"), 7), r"\[0,3\)"),
                                         (by_classifier(pixel_classifier("mlp"), -1), r"\[0,3\)")])
-def test_a_judge_must_give_a_score_per_image(judge, said):
-    for f in (lambda: keep(net(), judge, 0., 2, 2), lambda: best_of(net(), judge, 2, 2, 2)):
+def test_a_judge_must_give_a_score_per_image(scorer, said):
+    for f in (lambda: keep(net(), scorer, 0., 2, 2), lambda: best_of(net(), scorer, 2, 2, 2)):
         with pytest.raises(ValueError, match=said): f()
 
 
@@ -109,12 +109,12 @@ def test_a_score_that_is_no_number_is_not_the_best():
     assert torch.equal(b.x, sample(net(), 4, 2, 0., 1)[1::2])
 
 
-@pytest.mark.parametrize("judge,error,said", [
-    (by_ruler("two_circles"), ValueError, "two_circles"), (by_ruler(TASK.with_(palette="paper")), ValueError, "paper"),
+@pytest.mark.parametrize("scorer,error,said", [
+    (by_ruler("two_circles"), ValueError, "two_circles"), (by_ruler(TASK.with_(palette="random")), ValueError, "random"),
     (3, TypeError, "int")])
-def test_a_judge_of_another_world_is_refused(judge, error, said):
-    with pytest.raises(error, match=said): keep(net(), judge, -1.)
-    with pytest.raises(error, match=said): best_of(net(), judge)
+def test_a_judge_of_another_world_is_refused(scorer, error, said):
+    with pytest.raises(error, match=said): keep(net(), scorer, -1.)
+    with pytest.raises(error, match=said): best_of(net(), scorer)
 
 
 def test_the_verdict_is_the_study_s_filter():
@@ -126,9 +126,9 @@ def test_the_verdict_is_the_study_s_filter():
 
 def test_the_rulers_scores():
     on, off, flip = (TASK.sample(8, 0, violate=v, margin=1/16)[0] for v in (None, "up", "coarse"))
-    judge = by_ruler(TASK)
-    assert (judge(on) > -.01).all() and (judge(off) < -.02).all() and (judge(flip) == -math.inf).all()
-    assert (judge(torch.ones(2, 3, 32, 32)) == -math.inf).all()
+    scorer = by_ruler(TASK)
+    assert (scorer(on) > -.01).all() and (scorer(off) < -.02).all() and (scorer(flip) == -math.inf).all()
+    assert (scorer(torch.ones(2, 3, 32, 32)) == -math.inf).all()
 
 
 def test_the_classifiers_scores():

@@ -22,18 +22,18 @@ def plan(**more): return jobs(["two_squares", "two_circles"], changes=[TINY], st
 
 def measures(rows):
     "What must not depend on where and when a job ran."
-    kept = ("task", "label", "seed", "steps", "loss", "mse_50", "mse_600", "yield_", "rule_gap")
+    kept = ("task", "label", "seed", "steps", "loss", "mse_50", "mse_600", "readable", "rule_gap")
     return sorted([r[k] for k in kept] for r in rows)
 
 
 def test_jobs_are_all_combinations_seeds_last():
-    p = jobs(["two_circles", "two_squares"], ["pure", "paper"], ["laptop", "paper"], [{}, dict(lr=1e-3)], [10, 20], [0, 1])
+    p = jobs(["two_circles", "two_squares"], ["fixed", "random"], ["laptop", "published"], [{}, dict(lr=1e-3)], [10, 20], [0, 1])
     assert len(set(p)) == len({j.key for j in p}) == 64 and [j.seed for j in p] == [0]*32 + [1]*32
 
 
 def test_a_jobs_key_is_its_own():
     a = Job("two_circles")
-    others = [a._replace(**c) for c in (dict(steps=7), dict(seed=3), dict(n=5), dict(palette="paper"), dict(changes=(("lr", .1),)))]
+    others = [a._replace(**c) for c in (dict(steps=7), dict(seed=3), dict(n=5), dict(palette="random"), dict(changes=(("lr", .1),)))]
     assert len({j.key for j in [a, *others]}) == 6
 
 
@@ -45,8 +45,8 @@ def test_a_job_that_cannot_be_is_refused_before_any_work(args, word):
 
 
 def test_a_recipe_follows_its_job():
-    r = job_recipe(Job("two_circles", "paper", changes=(("lr", .5),)))
-    assert r.lr == .5 and r.world.palette == "paper" and r.preset == "laptop"
+    r = job_recipe(Job("two_circles", "random", changes=(("lr", .5),)))
+    assert r.lr == .5 and r.task.palette == "random" and r.preset == "laptop"
 
 
 def test_a_grid_twice_trains_once(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_the_table_holds_every_row(tmp_path):
     table = list(csv.DictReader((tmp_path/"grid.csv").open()))
     assert len(table) == len(rows) == 4 and {t["schema"] for t in table} == {"1"}
     assert [t["task"] for t in table] == ["two_circles"]*2 + ["two_squares"]*2
-    assert {"yield_", "yield__floor", "rule_gap_low", "rule_gap_high", "mse_100", "label", "revision"} <= set(table[0])
+    assert {"readable", "readable_floor", "rule_gap_low", "rule_gap_high", "mse_100", "label", "revision"} <= set(table[0])
 
 
 def test_a_failing_job_is_a_row_and_the_others_go_on(tmp_path):
@@ -143,7 +143,7 @@ def test_pace_is_positive_and_a_wider_network_is_slower():
 def test_the_command(tmp_path, capsys):
     args = ["grid", "two_squares,two_circles", "--changes", WORDS, "--steps", "2", "--seeds", "0", "--n", "32", "--images", "16",
             "--workers", "1", "--out", str(tmp_path)]
-    assert cli.main(args) == 0 and capsys.readouterr().out.count("yield_") == 2
+    assert cli.main(args) == 0 and capsys.readouterr().out.count("readable") == 2
     assert len(list(csv.DictReader((tmp_path/"grid.csv").open()))) == 2
 
 

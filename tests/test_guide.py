@@ -9,14 +9,14 @@ import torch
 from rulediff_nb.classifier import classifier
 from rulediff_nb.core import row_noise
 from rulediff_nb.guide import (
-    AtClean,
-    Aside,
+    CleanGuidance,
+    ShuffledGuidance,
     Guided,
     GuidedPipeline,
     Oracle,
-    Pull,
-    Regressed,
-    Towards,
+    Guidance,
+    RegressorGuidance,
+    ClassifierGuidance,
     as_mean_shift,
     classifier_free,
     guided,
@@ -30,10 +30,10 @@ from rulediff_nb.tasks import TASKS
 from rulediff_nb.unet import unet
 
 SMALL = dict(channels=(16, 16), attention=(False, False), head_dim=8)
-TASK = TASKS["two_squares"].with_(palette="pure")
+TASK = TASKS["two_squares"].with_(palette="fixed")
 
 
-class Fixed(Pull):
+class Fixed(Guidance):
     "A gradient that is known."
     def __init__(self, g):
         super().__init__()
@@ -73,7 +73,7 @@ def test_scale_0_is_the_model_itself():
 def test_guidance_leaves_the_model_alone():
     m, c = net(), clf()
     before, state = copy.deepcopy(m.state_dict()), torch.get_rng_state()
-    for pull in (c, AtClean(c), Oracle(TASK)): sample(guided(m, pull, 2.), 2, 3)
+    for pull in (c, CleanGuidance(c), Oracle(TASK)): sample(guided(m, pull, 2.), 2, 3)
     assert all(torch.equal(v, m.state_dict()[k]) for k, v in before.items()) and torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None and p.requires_grad for p in (*m.parameters(), *c.parameters())) and not m.training and not c.training
     m.train()
@@ -106,49 +106,49 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
 @pytest.mark.parametrize("change,said", [
     (dict(betas="linear"), "schedule: linear"), (dict(T=500), "schedule: cosine, T=500"),
     (dict(task=TASKS["two_circles"].spec()), "two_circles"),
-    (dict(task=TASK.with_(palette="paper").spec()), r"\(paper\)"), (dict(task=TASK.with_(size=16).spec()), "size: 16")])
+    (dict(task=TASK.with_(palette="random").spec()), r"\(paper\)"), (dict(task=TASK.with_(size=16).spec()), "size: 16")])
 def test_a_classifier_of_something_else_is_refused_by_name(change, said):
     task = change.pop("task", TASK.spec())
     from rulediff_nb.tasks import get_task
     other = classifier("laptop", get_task(**task), 0, channels=(8, 8), attention=(False, False), width=8, **change)
-    for pull in (other, AtClean(other), Aside(Towards(other))):
+    for pull in (other, CleanGuidance(other), ShuffledGuidance(ClassifierGuidance(other))):
         with pytest.raises(ValueError, match=said): guided(net(), pull, 1.)
 
 
 @pytest.mark.parametrize("call,error,said", [
-    (lambda: Towards(clf(), 3), ValueError, r"\[0,3\)"), (lambda: Towards(clf(), -1), ValueError, r"\[0,3\)"),
-    (lambda: Towards(clf(), 1.), TypeError, "label"), (lambda: Regressed(clf()), ValueError, "classifier"),
-    (lambda: Towards(clf(classes=0, conditions=1)), ValueError, "regressor"),
+    (lambda: ClassifierGuidance(clf(), 3), ValueError, r"\[0,3\)"), (lambda: ClassifierGuidance(clf(), -1), ValueError, r"\[0,3\)"),
+    (lambda: ClassifierGuidance(clf(), 1.), TypeError, "label"), (lambda: RegressorGuidance(clf()), ValueError, "classifier"),
+    (lambda: ClassifierGuidance(clf(classes=0, conditions=1)), ValueError, "regressor"),
     (lambda: guided(torch.nn.Linear(2, 2), clf()), TypeError, "recipe"),
     (lambda: guided(net(), lambda x: x), TypeError, "Pull"), (lambda: classifier_free(net()), ValueError, "without class labels"),
     (lambda: classifier_free(net(classes=3, label_drop=.1), 3), ValueError, r"\[0,3\)"),
     (lambda: classifier_free(net(classes=3, label_drop=.1), 1, math.nan), ValueError, "finite"),
     (lambda: classifier_free(net(classes=3, label_drop=0.)), ValueError, "label_drop"),
     (lambda: classifier_free(net(classes=3, label_drop=.1))(torch.zeros(1, 3, 32, 32), 5, torch.tensor([0])), ValueError, "chosen"),
-    (lambda: interval_scale(1., 1e-9, 1e-8, net().recipe), ValueError, "no level"),
+    (lambda: interval_scale(1., 1e-9, 1e-8, net().recipe), ValueError, "no timestep"),
     (lambda: GuidedPipeline(net(), clf(classes=0, conditions=1), ddim(net().recipe)), ValueError, "regressor"),
-    (lambda: last_scale(1., 0), ValueError, "levels"), (lambda: rising_scale(1., power=-1), ValueError, "power"),
+    (lambda: last_scale(1., 0), ValueError, "timesteps"), (lambda: rising_scale(1., power=-1), ValueError, "power"),
     (lambda: interval_scale(1., 2., 1., net().recipe), ValueError, "interval"), (lambda: Oracle(TASK, 0.), ValueError, "spread"),
     (lambda: sample(guided(net(), clf(), 1.), 1, -1), ValueError, "steps")])
 def test_what_cannot_be_is_refused(call, error, said):
     with pytest.raises(error, match=said): call()
 
 
-@pytest.mark.parametrize("world", [TASKS["two_circles"], TASK.with_(palette="paper"), TASK.with_(size=16)])
-def test_an_oracle_of_another_world_is_refused(world):
-    with pytest.raises(ValueError, match="Oracle was made for another"): guided(net(), Oracle(world), 1.)
+@pytest.mark.parametrize("task", [TASKS["two_circles"], TASK.with_(palette="random"), TASK.with_(size=16)])
+def test_an_oracle_of_another_world_is_refused(task):
+    with pytest.raises(ValueError, match="Oracle was made for another"): guided(net(), Oracle(task), 1.)
 
 
 def test_half_precision_and_labels():
     m, c, x, t = net(classes=3, label_drop=.1), clf(), row_noise(0, range(2), (3, 32, 32)), torch.tensor([2, 500])
     y = torch.tensor([0, 2])
     with torch.no_grad():
-        full = [guided(m, p, .5).predict(x, t, y) for p in (c, AtClean(c))]
-        half = [guided(m, p, .5).bfloat16().predict(x.bfloat16(), t, y) for p in (c, AtClean(c))]
+        full = [guided(m, p, .5).predict(x, t, y) for p in (c, CleanGuidance(c))]
+        half = [guided(m, p, .5).bfloat16().predict(x.bfloat16(), t, y) for p in (c, CleanGuidance(c))]
     for a, b in zip(full, half): assert b.dtype == torch.bfloat16 and b.isfinite().all() and (a - b.float()).abs().median() < .05
 
 
-@pytest.mark.parametrize("kind", ["Towards", "Regressed", "AtClean"])
+@pytest.mark.parametrize("kind", ["Towards", "Regressed", "CleanGuidance"])
 def test_what_pulls_is_climbed(kind):
     "A small step along the pull raises the log probability by about the step times the pull's squared length."
     m, c, x, t = net(), clf(), row_noise(3, range(4), (3, 32, 32)), torch.tensor([5, 100, 400, 900])
@@ -156,15 +156,15 @@ def test_what_pulls_is_climbed(kind):
     sure = r(x, t)[:, 1].exp().detach()   # held fixed
     def x0(v): return solve(v, m.predict(v, t), t, m.abar, "v_prediction").x0.clamp(-1, 1)
     pull, log_p = dict(
-        Towards=(Towards(c, 2), lambda v: c(v, t).log_softmax(1)[:, 2]), Regressed=(Regressed(r), lambda v: -.5*r(v, t)[:, 0]**2/sure),
-        AtClean=(AtClean(c, 2), lambda v: c(x0(v), torch.zeros_like(t)).log_softmax(1)[:, 2]))[kind]
+        Towards=(ClassifierGuidance(c, 2), lambda v: c(v, t).log_softmax(1)[:, 2]), Regressed=(RegressorGuidance(r), lambda v: -.5*r(v, t)[:, 0]**2/sure),
+        CleanGuidance=(CleanGuidance(c, 2), lambda v: c(x0(v), torch.zeros_like(t)).log_softmax(1)[:, 2]))[kind]
     g = pull(m, x, t)
     step = 1e-2/g.flatten(1).norm(dim=1)
     with torch.no_grad(): gain = log_p(x + step.view(-1, 1, 1, 1)*g) - log_p(x)
     assert torch.allclose(gain, 1e-2*g.flatten(1).norm(dim=1), rtol=.2, atol=1e-6) and (gain > 0).all()
 
 
-class Darker(Pull):
+class Darker(Guidance):
     "A reader's own pull, which does not care whether gradients are on."
     def forward(self, model, xt, t):
         x = xt.detach().requires_grad_()
@@ -178,12 +178,12 @@ def test_an_own_pull_may_differentiate():
 
 @pytest.mark.parametrize("g", [torch.zeros(2), torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 32, 32)])
 def test_a_gradient_of_another_shape_is_refused(g):
-    class Odd(Pull):
+    class Odd(Guidance):
         def forward(self, model, xt, t): return g
     with pytest.raises(ValueError, match=r"Odd must give a gradient of shape \(2, 3, 32, 32\), got"): sample(guided(net(), Odd(), 1.), 2, 3)
 
 
-@pytest.mark.parametrize("make", [Aside, lambda c: Guided(net(), c, 1.)])
+@pytest.mark.parametrize("make", [ShuffledGuidance, lambda c: Guided(net(), c, 1.)])
 def test_what_pulls_is_a_pull(make):
     with pytest.raises(TypeError, match="Towards"): make(clf())
 
@@ -247,16 +247,16 @@ def test_an_interval_of_noise():
     assert torch.equal(w != 0, (sigma >= .5) & (sigma < 2.)) and w.max() == 2.
 
 
-@pytest.mark.parametrize("levels", [None, [19, 39, 499, 999]])
-def test_mean_shift_scale(levels):
-    "w*Sigma_t over the shift of the epsilon form, beta_t/sqrt(alpha_t), between neighbours among the sampler's levels."
+@pytest.mark.parametrize("timesteps", [None, [19, 39, 499, 999]])
+def test_mean_shift_scale(timesteps):
+    "w*Sigma_t over the shift of the epsilon form, beta_t/sqrt(alpha_t), between neighbours among the sampler's timesteps."
     r = net().recipe
     abar = r.schedule().alphas_cumprod.double()
-    for t, down in ((7, 6), (400, 399)) if levels is None else ((39, 19), (999, 499)):
+    for t, down in ((7, 6), (400, 399)) if timesteps is None else ((39, 19), (999, 499)):
         alpha = abar[t]/abar[down]
         want = 3*(1 - alpha)*(1 - abar[down])/(1 - abar[t])/((1 - alpha)/alpha.sqrt())
-        assert torch.allclose(as_mean_shift(3., r, levels)(torch.tensor([t])), want)
-    assert as_mean_shift(3., r, levels)(torch.tensor([0 if levels is None else 19])) == 0   # the last step has no variance
+        assert torch.allclose(as_mean_shift(3., r, timesteps)(torch.tensor([t])), want)
+    assert as_mean_shift(3., r, timesteps)(torch.tensor([0 if timesteps is None else 19])) == 0   # the last step has no variance
 
 
 def test_classifier_free():
@@ -269,10 +269,10 @@ def test_classifier_free():
 
 def test_aside_is_the_same_pull_in_other_places():
     c, x, t = clf(), row_noise(0, range(2), (3, 32, 32)), torch.tensor([100, 700])
-    g, e = Towards(c)(None, x, t), Aside(Towards(c))(None, x, t)
+    g, e = ClassifierGuidance(c)(None, x, t), ShuffledGuidance(ClassifierGuidance(c))(None, x, t)
     assert torch.equal(g.flatten(1).sort().values, e.flatten(1).sort().values)
-    assert torch.allclose(Aside(Towards(c))(None, x[1:], t[1:]), e[1:], atol=1e-6)         # whatever stands beside it
-    assert abs((g*e).sum()/(g*g).sum()) < .2 and not torch.equal(e, Aside(Towards(c), 1)(None, x, t))
+    assert torch.allclose(ShuffledGuidance(ClassifierGuidance(c))(None, x[1:], t[1:]), e[1:], atol=1e-6)         # whatever stands beside it
+    assert abs((g*e).sum()/(g*g).sum()) < .2 and not torch.equal(e, ShuffledGuidance(ClassifierGuidance(c), 1)(None, x, t))
 
 
 class Grey(torch.nn.Module):

@@ -75,7 +75,15 @@ def test_all_is_every_module_but_those_apart():
     if not (LIB/"all.py").exists(): pytest.skip("no rulediff_nb/all.py yet")
     found = list(imports(ast.parse((LIB/"all.py").read_text())))
     assert {m for p, n in found for m in used(p, n)} == set(modules()) - APART
-    assert all(n == ["*"] for _, n in found)
+    assert not any("*" in n for _, n in found)
+
+
+def test_all_is_what_a_reader_types():
+    code = f"from {NAME}.all import *; import sys; sys.stdout.write(' '.join(k for k in dir() if not k.startswith('_') and k != 'sys'))"
+    names = subprocess.run([sys.executable, "-c", code], env=clean_env(), capture_output=True, text=True, check=True).stdout.split()
+    assert 50 <= len(names) <= 75, len(names)
+    assert {"SunShadow", "rule_report", "unet", "fit", "sample", "fit_classifier", "guided", "load_pretrained", "explore", "show"} <= set(names)
+    assert not {"right", "split", "plan", "claim", "OFF", "torch", "Tensor", "annotations"} & set(names)
 
 
 PROBE = """

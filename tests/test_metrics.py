@@ -20,8 +20,8 @@ from rulediff_nb.metrics import (
     Value,
     bootstrap,
     class_distance,
-    copies,
-    coverage,
+    memorized,
+    marginals,
     interval,
     ks_distance,
     measure,
@@ -39,8 +39,8 @@ SQ = get_task("two_squares")
 N, DRAWS = 128, 200
 FRESH, FACTORS = SQ.sample(N, 77)
 TRAIN = SQ.sample(300, 3)[0]
-KEYS = {"yield_", "coarse", "rule_error", "floor", "chance", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho",
-        "r2_rule", "coverage", "copies"}
+KEYS = {"readable", "coarse", "rule_error", "floor", "chance", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho",
+        "r2_rule", "marginals", "memorized"}
 
 
 def report(x, **kw): return rule_report(SQ, x, **(dict(draws=DRAWS) | kw))
@@ -79,28 +79,28 @@ def control_permuted():
 
 def control_bias():
     r = report(longer())
-    assert abs(r.bias - math.log(1.1)) < .003 and r.spread < .006 and r.coarse == r.yield_ and r.within_5 == 0
+    assert abs(r.bias - math.log(1.1)) < .003 and r.spread < .006 and r.coarse == r.readable and r.within_5 == 0
 
 
 def control_half():
     x = longer(1.02)
     whole, half = report(x), report(half_noise(x))
-    assert abs(half.yield_ - whole.yield_/2) < .02
+    assert abs(half.readable - whole.readable/2) < .02
     assert half.coarse < .6*whole.coarse and half.within_5 < .6*whole.within_5
     assert half.rule_gap > whole.rule_gap + .3
 
 
 def control_copies():
     r = report(torch.cat([TRAIN[:32], FRESH[:96]]), train=TRAIN)
-    assert .25 <= r.copies <= .25 + .1
+    assert .25 <= r.memorized <= .25 + .1
 
 
 def control_collapse():
     real, same = report(FRESH), report(FRESH[:1].expand(N, -1, -1, -1))
-    assert real.coverage < real.rows["coverage"].more["real_high"] and same.coverage > 2*same.rows["coverage"].more["real_high"]
+    assert real.marginals < real.rows["marginals"].more["real_high"] and same.marginals > 2*same.rows["marginals"].more["real_high"]
 
 
-CONTROLS = dict(real=control_real, permuted=control_permuted, bias=control_bias, half=control_half, copies=control_copies,
+CONTROLS = dict(real=control_real, permuted=control_permuted, bias=control_bias, half=control_half, memorized=control_copies,
                 collapse=control_collapse)
 
 
@@ -123,12 +123,12 @@ BROKEN = {  # control -> (name in metrics, what stands there instead), which the
         lambda m: m._replace(a=m.b, b=m.a))(plain(task, f))),
     "sides are sorted": ("bias", "measured", lambda task, f, plain=metrics.measured: (
         lambda m: m._replace(a=torch.maximum(m.a, m.b), b=torch.maximum(m.a, m.b)))(plain(task, f))),
-    "everything is a copy": ("copies", "copies", lambda task, x, train: torch.ones(len(x), dtype=torch.bool)),
-    "nothing is a copy": ("copies", "nearest", lambda x, train: torch.arange(len(x)).float() + 1),
-    "threshold at half": ("copies", "copies", lambda task, x, train: (
+    "everything is a copy": ("memorized", "memorized", lambda task, x, train: torch.ones(len(x), dtype=torch.bool)),
+    "nothing is a copy": ("memorized", "nearest", lambda x, train: torch.arange(len(x)).float() + 1),
+    "threshold at half": ("memorized", "memorized", lambda task, x, train: (
         nearest(to_8bit(x), to_8bit(train)) < nearest(to_8bit(task.sample(200, FLOOR_SEED)[0]), to_8bit(train)).quantile(.5))),
-    "coverage sees nothing": ("collapse", "_distance", lambda name, x, y: torch.zeros(x.shape[:-1])),
-    "coverage without its floor": ("collapse", "_distance", lambda name, x, y: torch.ones(x.shape[:-1])),
+    "marginals sees nothing": ("collapse", "_distance", lambda name, x, y: torch.zeros(x.shape[:-1])),
+    "marginals without its floor": ("collapse", "_distance", lambda name, x, y: torch.ones(x.shape[:-1])),
 }
 
 
@@ -164,7 +164,7 @@ def test_statistics_agree_with_numpy(n, seed, share):
     s = {k: v.item() for k, v in statistics(m, 32).items()}
     a, b, px = m.a.numpy()[ok], m.b.numpy()[ok], 32*abs(m.measured - m.predicted).numpy()[ok]
     log = np.log(b/a)
-    want = dict(yield_=ok.mean(), coarse=m.coarse.numpy().mean(), rule_error=(abs(b - a)/(a + b)).mean(), error_px=np.median(px),
+    want = dict(readable=ok.mean(), coarse=m.coarse.numpy().mean(), rule_error=(abs(b - a)/(a + b)).mean(), error_px=np.median(px),
                 error_px_90=np.quantile(px, .9), within_5=(abs(b/a - 1) <= .05).sum()/n, bias=np.median(log),
                 spread=stats.median_abs_deviation(log, scale=1/1.4826), slope=np.polyfit(a, b, 1)[0], rho=np.corrcoef(a, b)[0, 1],
                 r2_rule=1 - ((b - a)**2).sum()/((b - b.mean())**2).sum())
@@ -187,7 +187,7 @@ def test_resamples_are_computed_like_single_sets():
         assert all(torch.allclose(one[k], together[k][i], equal_nan=True) for k in one)
 
 
-samples = st.lists(st.integers(0, 8), min_size=1, max_size=25)   # with many ties
+samples = st.lists(st.integers(0, 8), min_size=1, max_size=25)   # with many priors
 
 
 @given(samples, samples)
@@ -234,12 +234,12 @@ def test_nearest_agrees_with_brute_force():
 
 def test_an_exact_copy_is_at_no_distance():
     "Also where the whole set is alike: fixed colours, two degrees of freedom."
-    train = to_8bit(get_task("sun_shadow", palette="pure").sample(1000, 0)[0])
+    train = to_8bit(get_task("sun_shadow", palette="fixed").sample(1000, 0)[0])
     assert nearest(train[:64], train).max() < 1e-3
 
 
 def test_the_baseline_of_copies_is_one_in_a_hundred():
-    hits = torch.cat([copies(SQ, SQ.sample(256, s)[0], TRAIN) for s in range(2)]).float().mean()
+    hits = torch.cat([memorized(SQ, SQ.sample(256, s)[0], TRAIN) for s in range(2)]).float().mean()
     assert hits < .04
 
 
@@ -301,23 +301,23 @@ def whole(r, n):
 def test_a_report_says_everything():
     d = whole(report(FRESH, train=TRAIN), N)
     assert all({"value", "low", "high", "floor", "chance"} <= set(v) for v in d.values())
-    for k in KEYS - {"coverage"}: assert d[k]["low"] <= d[k]["value"] <= d[k]["high"] or k in ("floor", "chance"), k
+    for k in KEYS - {"marginals"}: assert d[k]["low"] <= d[k]["value"] <= d[k]["high"] or k in ("floor", "chance"), k
     assert len(d["rule_gap"]["terciles"]) == 3 and sum(t["share"] for t in d["rule_gap"]["terciles"]) == pytest.approx(1)
-    assert {"p90", "p90_floor"} <= set(d["error_px"]) and d["copies"]["floor"] == .01 and d["coverage"]["factor"]
+    assert {"p90", "p90_floor"} <= set(d["error_px"]) and d["memorized"]["floor"] == .01 and d["marginals"]["factor"]
 
 
 def test_without_a_training_set_copies_are_not_measured():
     r = report(FRESH[:16])
-    assert r.copies is None and "not measured" in str(r)
+    assert r.memorized is None and "not measured" in str(r)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_world(name):
-    task = get_task(name, palette="pure")
+    task = get_task(name, palette="fixed")
     x, _ = task.sample(32, 5)
     r = rule_report(task, x, train=x, draws=50)
     whole(r, 32)
-    assert r.copies == 1 and r.rule_gap < .1 and task.name in str(r)
+    assert r.memorized == 1 and r.rule_gap < .1 and task.name in str(r)
 
 
 def test_real_images_by_the_published_numbers_at_chance():
@@ -330,7 +330,7 @@ def test_real_images_by_the_published_numbers_at_chance():
 def test_nothing_readable(x):
     r = report(x, train=TRAIN)
     whole(r, 9)
-    assert r.yield_ == r.coarse == r.within_5 == 0 and r.rule_gap == 1 and r.rows["rule_gap"].low == r.rows["rule_gap"].high == 1
+    assert r.readable == r.coarse == r.within_5 == 0 and r.rule_gap == 1 and r.rows["rule_gap"].low == r.rows["rule_gap"].high == 1
 
 
 @pytest.mark.parametrize("x", [FRESH[:1], noise(1), torch.cat([FRESH[:1], noise(8)]), FRESH[:2]])
@@ -339,12 +339,12 @@ def test_few_images(x): whole(report(x, train=TRAIN), len(x))
 
 def test_a_report_has_a_seed():
     a, b, c = (report(FRESH[:40], seed=s).to_dict() for s in (0, 0, 1))
-    assert a == b and a["yield_"]["value"] == c["yield_"]["value"] and a["rule_gap"]["low"] != c["rule_gap"]["low"]
+    assert a == b and a["readable"]["value"] == c["readable"]["value"] and a["rule_gap"]["low"] != c["rule_gap"]["low"]
 
 
 def test_the_order_of_the_images_does_not_matter():
     a, b = report(FRESH, train=TRAIN), report(FRESH.flip(0), train=TRAIN)
-    for k in KEYS - {"coverage"}: assert getattr(a, k) == pytest.approx(getattr(b, k), abs=1e-6), k
+    for k in KEYS - {"marginals"}: assert getattr(a, k) == pytest.approx(getattr(b, k), abs=1e-6), k
 
 
 def test_images_are_rounded_to_8_bits():
@@ -374,8 +374,8 @@ def test_wrong_arguments(kw, error, word):
 
 
 def test_an_unknown_row_is_an_attribute_error():
-    r = RuleReport(SQ.spec(), 0, {"yield_": Value(.5, .4, .6, 1., 1., {})})
-    assert r.yield_ == .5 and not hasattr(r, "accuracy")
+    r = RuleReport(SQ.spec(), 0, {"readable": Value(.5, .4, .6, 1., 1., {})})
+    assert r.readable == .5 and not hasattr(r, "accuracy")
     import copy
     import pickle
     assert copy.deepcopy(r) == r == pickle.loads(pickle.dumps(r))
@@ -400,7 +400,7 @@ def test_floor_images_are_not_those_of_a_small_seed():
 def test_coverage_names_the_factor():
     f = SQ.features(to_8bit(FRESH))
     left = (f.x1 < .4).nonzero().squeeze(1)
-    c = coverage(SQ, type(f)(*(v[left] for v in f)), real_images(SQ, N))
+    c = marginals(SQ, type(f)(*(v[left] for v in f)), real_images(SQ, N))
     assert c.factor == "x1" and c.value > c.high
 
 

@@ -13,7 +13,7 @@ from rulediff_nb.tasks import get_task
 from rulediff_nb.train import OPTIMIZERS, Run, fit, load_run, save_run, train_steps
 from rulediff_nb.unet import unet
 
-TASK = get_task("two_squares", palette="pure", size=16)
+TASK = get_task("two_squares", palette="fixed", size=16)
 X0 = TASK.sample(40, 0)[0]
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, lr=1e-3)
 
@@ -29,7 +29,7 @@ from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
 torch.set_num_threads(1)
 def main(folder, kw):
-    task = get_task('two_squares', palette='pure', size=16)
+    task = get_task('two_squares', palette='fixed', size=16)
     m = unet('laptop', task, channels=(8, 8, 16), head_dim=8, batch=4, lr=1e-3, **kw)
     losses = [s.loss for s in train_steps(m, task.sample(40, 0)[0], folder, 8)]
     if os.environ.get('RANK', '0') == '0': print('LOSSES' + json.dumps(losses), flush=True)

@@ -46,7 +46,7 @@ from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.unet import RuleUNet, recipe, unet
 
 torch.set_num_threads(1)
-TASK = get_task("two_squares", palette="pure", size=16)
+TASK = get_task("two_squares", palette="fixed", size=16)
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, betas="linear")
 PREDICTIONS = ["v_prediction", "epsilon", "sample"]
 
@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_bits(eta):
 @every
 def test_a_row_does_not_know_its_batch(prediction, eta):
     m = net(prediction)
-    bound = 5e-3 if (prediction, eta) == ("epsilon", 0.) else 1e-3   # x0_hat from epsilon divides by sqrt(abar) = .006 at the last level
+    bound = 5e-3 if (prediction, eta) == ("epsilon", 0.) else 1e-3   # x0_hat from epsilon divides by sqrt(abar) = .006 at the last timestep
     whole = sample(m, 64, steps=10, seed=3, eta=eta)
     for i in (0, 7, 63): assert (list(sample_steps(m, [i], 10, eta, 3))[-1].x.clamp(-1, 1)[0] - whole[i]).abs().max() <= bound
     for batch in (1, 8):
@@ -279,12 +279,12 @@ def by_loop(m, xt, t, train=X0):
     return torch.stack(out)
 
 
-LEVELS = torch.tensor([0, 1, 10, 100, 300, 600, 999])
+TIMESTEPS = torch.tensor([0, 1, 10, 100, 300, 600, 999])
 
 
 def noisy(m, x0=None, seed=5):
-    x = TASK.sample(len(LEVELS), 4)[0] if x0 is None else x0.expand(len(LEVELS), -1, -1, -1)
-    return add_noise(x, LEVELS, row_noise(seed, range(len(LEVELS)), x.shape[1:]), m.abar)
+    x = TASK.sample(len(TIMESTEPS), 4)[0] if x0 is None else x0.expand(len(TIMESTEPS), -1, -1, -1)
+    return add_noise(x, TIMESTEPS, row_noise(seed, range(len(TIMESTEPS)), x.shape[1:]), m.abar)
 
 
 @pytest.mark.parametrize("betas", ["linear", "cosine", "zero_snr"])
@@ -293,18 +293,18 @@ def test_the_exact_denoiser_is_the_posterior_mean(prediction, betas):
     if (prediction, betas) == ("epsilon", "zero_snr"): pytest.skip("refused by the recipe")
     m = exact(prediction, betas=betas)
     xt = noisy(m)
-    want = by_loop(m, xt, LEVELS)
-    assert (m.x0_hat(xt, LEVELS) - want).abs().max() < 1e-4
-    told = solve(xt, m.predict(xt, LEVELS), LEVELS, m.abar, prediction)
-    seen = m.abar[LEVELS] > 1e-6 if prediction == "epsilon" else torch.ones(len(LEVELS), dtype=torch.bool)
+    want = by_loop(m, xt, TIMESTEPS)
+    assert (m.x0_hat(xt, TIMESTEPS) - want).abs().max() < 1e-4
+    told = solve(xt, m.predict(xt, TIMESTEPS), TIMESTEPS, m.abar, prediction)
+    seen = m.abar[TIMESTEPS] > 1e-6 if prediction == "epsilon" else torch.ones(len(TIMESTEPS), dtype=torch.bool)
     assert (told.x0 - want)[seen].abs().max() < (1e-2 if prediction == "epsilon" else 1e-4)   # epsilon is divided by sqrt(abar) = .006
-    w = m.weights(xt, LEVELS)
-    assert w.shape == (len(LEVELS), 12) and (w.sum(1) - 1).abs().max() < 1e-5 and w.min() >= 0
+    w = m.weights(xt, TIMESTEPS)
+    assert w.shape == (len(TIMESTEPS), 12) and (w.sum(1) - 1).abs().max() < 1e-5 and w.min() >= 0
 
 
 def test_the_exact_score_is_the_gradient_of_the_log_density():
     m = exact()
-    for x, t in zip(noisy(m).double(), LEVELS[1:]):
+    for x, t in zip(noisy(m).double(), TIMESTEPS[1:]):
         s, n, x = m.abar[t].double().sqrt(), (1 - m.abar[t].double()).sqrt(), x.clone().requires_grad_()
         log_p = torch.stack([-((x - s*v)**2).sum()/(2*n*n) for v in X0.double()]).logsumexp(0)
         score, = torch.autograd.grad(log_p, x)
@@ -315,10 +315,10 @@ def test_the_exact_score_is_the_gradient_of_the_log_density():
 @pytest.mark.parametrize("broken", ["no signal", "no square", "no half"])
 def test_a_wrong_posterior_is_seen(broken):
     m = exact()
-    xt, (s, n) = noisy(m), (v.flatten(1) for v in amplitudes(LEVELS, m.abar))
+    xt, (s, n) = noisy(m), (v.flatten(1) for v in amplitudes(TIMESTEPS, m.abar))
     far = {"no signal": torch.cdist(xt.flatten(1), X0.flatten(1)), "no square": n.sqrt()*torch.cdist(xt.flatten(1)/s, X0.flatten(1))*s,
            "no half": 2**.5*torch.cdist(xt.flatten(1)/s, X0.flatten(1))*s}[broken]
-    assert ((-.5*(far/n)**2).softmax(1) - m.weights(xt, LEVELS)).abs().max() > .01
+    assert ((-.5*(far/n)**2).softmax(1) - m.weights(xt, TIMESTEPS)).abs().max() > .01
 
 
 def test_memory_of_the_exact_denoiser_is_bounded(monkeypatch):
@@ -334,8 +334,8 @@ def test_near_twins_and_a_single_image():
     twins = torch.cat([X0[:1], X0[:1] + 1e-3*torch.sign(row_noise(1, [0], (3, 16, 16)))]).clamp(-1, 1)
     m = exact(x0=twins)
     xt = noisy(m, X0[:1])
-    assert (m.x0_hat(xt, LEVELS) - by_loop(m, xt, LEVELS, twins)).abs().max() < 1e-3
-    assert (exact(x0=X0[:1]).x0_hat(xt, LEVELS) - X0[:1]).abs().max() < 1e-6
+    assert (m.x0_hat(xt, TIMESTEPS) - by_loop(m, xt, TIMESTEPS, twins)).abs().max() < 1e-3
+    assert (exact(x0=X0[:1]).x0_hat(xt, TIMESTEPS) - X0[:1]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("x0,error", [(X0[:0], ValueError), (X0*200, ValueError), (X0[0], ValueError), (None, TypeError)])
@@ -387,7 +387,7 @@ def test_these_fit(name, spacing, betas):
 @pytest.mark.parametrize("name", sorted(STEEP))
 @pytest.mark.parametrize("steps", [10, 20])
 def test_a_step_that_blows_differences_up_is_refused(name, steps):
-    "Between levels a factor of thousands apart; one known picture would not tell, since nothing differs."
+    "Between timesteps a factor of thousands apart; one known picture would not tell, since nothing differs."
     m = exact(betas="cosine")
     with pytest.raises(ValueError, match=f"{name}Scheduler does not fit"):
         sample(m, 1, steps, scheduler=make(name, m.recipe, timestep_spacing="trailing"))
@@ -525,7 +525,7 @@ def test_the_stored_table_is_sound():
     known, keys = {script.key(s._asdict()) for s in script.settings(("sun_shadow", "two_squares"), 256)}, {script.key(r) for r in rows}
     assert keys <= known and len(keys) == len(rows) and {r["schema"] for r in rows} == {"1"}
     for r in rows:
-        for k in ("rule_gap", "yield_", "coarse", "diff"):
+        for k in ("rule_gap", "readable", "coarse", "diff"):
             assert float(r[f"{k}_low"]) - 1e-6 <= float(r[k]) <= float(r[f"{k}_high"]) + 1e-6
         assert float(r["rule_gap_floor"]) == 0 and abs(float(r["rule_gap_chance"]) - 1) < 1e-5
         if (r["scheduler"], r["steps"], float(r["eta"]), r["clip"]) == ("DDIM", "50", 1., "True"): assert float(r["diff"]) == 0
@@ -537,14 +537,14 @@ def test_the_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "load_pretrained", lambda *a: shipped)
     monkeypatch.setattr(script, "draw", lambda model, s, batch: drawn.append(s) or (TASK.sample(s.n, 1)[0], 1.))
     rows = list(script.lines(s, 4, set()))
-    assert drawn == s and [r["calls"] for r in rows] == [50, 5, 10] and rows[0]["diff"] == 0 and abs(rows[0]["rule_gap"]) < .05
+    assert drawn == s and [r["nfe"] for r in rows] == [50, 5, 10] and rows[0]["diff"] == 0 and abs(rows[0]["rule_gap"]) < .05
     again = list(script.lines(s, 4, {script.key(r) for r in csv.DictReader(script.to_csv(rows[:2]).splitlines())}))
     assert [script.key(r) for r in again] == [script.key(rows[2])] and drawn[3:] == [s[0], s[2]]   # the reference is drawn again
 
 
 # ---------------------------------------------------------------- weights
 
-def shipped(folder, name="two_squares-pure"):
+def shipped(folder, name="two_squares-fixed"):
     m = net()
     save_release(folder, name, m.state_dict(), dict(recipe=m.recipe.to_dict(), seed=0, steps=1, images_in_set=4))
     return m
@@ -557,7 +557,7 @@ def test_weights_round_trip(tmp_path):
     assert (sample(again, 2, steps=5) - sample(m, 2, steps=5)).abs().max() < .05
 
 
-@pytest.mark.parametrize("name", ["", "squares", "two_squares-pure", None])
+@pytest.mark.parametrize("name", ["", "squares", "two_squares-fixed", None])
 def test_unknown_names_list_the_known_ones(name, tmp_path):
     with pytest.raises(ValueError, match="sun_shadow, .*two_squares"): load_pretrained(name, folder=tmp_path)
 
@@ -565,37 +565,37 @@ def test_unknown_names_list_the_known_ones(name, tmp_path):
 def test_missing_weights_list_what_is_there(tmp_path):
     with pytest.raises(StoreError, match="there are: none"): load_pretrained("two_squares", folder=tmp_path/"gone")
     shipped(tmp_path)
-    for kw in (dict(name="two_circles"), dict(name="two_squares", palette="paper"), dict(name="two_squares", palette="sepia")):
-        with pytest.raises(StoreError, match="there are: two_squares-pure"): load_pretrained(folder=tmp_path, **kw)
+    for kw in (dict(name="two_circles"), dict(name="two_squares", palette="random"), dict(name="two_squares", palette="sepia")):
+        with pytest.raises(StoreError, match="there are: two_squares-fixed"): load_pretrained(folder=tmp_path, **kw)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "gone", "manifest"])
 def test_damaged_weights_are_refused_by_name(damage, tmp_path):
     shipped(tmp_path)
-    f, j = tmp_path/"two_squares-pure.safetensors", tmp_path/"two_squares-pure.json"
+    f, j = tmp_path/"two_squares-fixed.safetensors", tmp_path/"two_squares-fixed.json"
     blob = f.read_bytes()
     if damage == "gone": f.unlink()
     elif damage == "manifest": j.write_text(j.read_text()[:-30])
     else: f.write_bytes(dict(cut=blob[:-9], flip=blob[:-9] + b"\x33" + blob[-8:], foreign=b"PK\3\4" + blob[4:])[damage])
-    with pytest.raises(StoreError, match="two_squares-pure"): load_pretrained("two_squares", folder=tmp_path)
+    with pytest.raises(StoreError, match="two_squares-fixed"): load_pretrained("two_squares", folder=tmp_path)
 
 
 def test_weights_of_another_world_are_refused(tmp_path):
     "A file that was renamed: its recipe says what it is."
     shipped(tmp_path)
-    for e in ("json", "safetensors"): shutil.copy(tmp_path/f"two_squares-pure.{e}", tmp_path/f"two_circles-paper.{e}")
-    with pytest.raises((StoreError, ValueError), match="two_circles"): load_pretrained("two_circles", "paper", tmp_path)
+    for e in ("json", "safetensors"): shutil.copy(tmp_path/f"two_squares-fixed.{e}", tmp_path/f"two_circles-random.{e}")
+    with pytest.raises((StoreError, ValueError), match="two_circles"): load_pretrained("two_circles", "random", tmp_path)
 
 
 @pytest.mark.parametrize("change", [dict(channels=[8, 16, 16]), dict(layers=2), dict(unknown=1), dict(task=None),
                                     dict(task={"name": "moon"})])
 def test_weights_that_do_not_fit_their_recipe_are_refused_by_name(change, tmp_path):
     shipped(tmp_path)
-    j = tmp_path/"two_squares-pure.json"
+    j = tmp_path/"two_squares-fixed.json"
     manifest = json.loads(j.read_text())
     changed = manifest | dict(recipe=manifest["recipe"] | change)
     j.write_text(json.dumps(changed | dict(manifest_sha256=store._seal(changed))))
-    with pytest.raises(ValueError, match="two_squares-pure"): load_pretrained("two_squares", folder=tmp_path)
+    with pytest.raises(ValueError, match="two_squares-fixed"): load_pretrained("two_squares", folder=tmp_path)
 
 
 def test_a_model_saved_the_diffusers_way_comes_back(tmp_path):
@@ -613,10 +613,10 @@ pretrained = pytest.mark.skipif(not SHIPPED, reason=f"no weights in {WEIGHTS.nam
 def test_shipped_weights(key):
     name, palette = key.rsplit("-", 1)
     m = load_pretrained(name, palette)
-    assert m.recipe.world == get_task(name, palette=palette) and (WEIGHTS/f"{key}.safetensors").stat().st_size <= 6_000_000
+    assert m.recipe.task == get_task(name, palette=palette) and (WEIGHTS/f"{key}.safetensors").stat().st_size <= 6_000_000
     assert {"recipe", "seed", "steps", "images_seen", "revision", "sha256", "hardware", "report"} <= set(m.manifest)
     x = sample(m, 4, steps=10, seed=11)
-    assert x.isfinite().all() and x.mean() > .2   # mostly white paper
+    assert x.isfinite().all() and x.mean() > .2   # mostly white background
     assert torch.equal(x, sample(m, 4, steps=10, seed=11))
 
 
@@ -637,7 +637,7 @@ def test_next_to_no_signal_at_the_last_level_is_sampled_with_fresh_noise(betas, 
 def test_an_end_that_is_no_number_is_never_returned():
     class Broken(ExactDenoiser):
         def predict(self, xt, t, y=None): return xt*float("nan")
-    with pytest.raises(FloatingPointError, match="NaN or infinity after 3 calls"):
+    with pytest.raises(FloatingPointError, match="NaN or infinity after 3 network evaluations"):
         sampling.sample(Broken(get_task("two_squares").sample(4, 0)[0], recipe("laptop", "two_squares")), 2, 3)
 
 

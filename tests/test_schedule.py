@@ -29,7 +29,7 @@ every_kind = pytest.mark.parametrize("kind", SCHEDULES)
 FULL = torch.arange(1000)
 
 
-def abar_of(kind="linear", T=1000): return noise_schedule(T, kind=kind).alphas_cumprod
+def abar_of(kind="linear", T=1000): return noise_schedule(T, betas=kind).alphas_cumprod
 
 
 def scenes(n, seed=0, size=8, dtype=torch.float32):
@@ -43,7 +43,7 @@ def cos2(u): return math.cos((u + .008)/1.008*math.pi/2)**2
 
 
 def formula(kind, T):
-    "abar, level by level in plain floats."
+    "abar, timestep by timestep in plain floats."
     out, a = [], 1.
     for i in range(T):
         a *= 1 - (min(1 - cos2((i + 1)/T)/cos2(i/T), .999) if kind == "cosine" else 1e-4 + (2e-2 - 1e-4)*i/(T - 1))
@@ -61,7 +61,7 @@ def constants_off(kind, T, abar=None): return (formula(kind, T) - (abar_of(kind,
 @every_kind
 def test_constants_are_the_published_formulas(kind, T):
     assert constants_off(kind, T) < 5e-6   # float32, which loses digits where it subtracts the last amplitude
-    s = noise_schedule(T, kind=kind)
+    s = noise_schedule(T, betas=kind)
     assert len(s.alphas_cumprod) == T and s.config.num_train_timesteps == T and (s.alphas_cumprod.diff() < 0).all()
     assert (s.alphas_cumprod[-1] == 0) == (kind == "zero_snr")
 
@@ -149,15 +149,15 @@ def test_half_precision_keeps_the_noise_of_the_first_levels(dtype):
 
 
 def test_results_follow_the_images():
-    "The meta device stands for any other one: levels and constants may lie on the CPU."
+    "The meta device stands for any other one: timesteps and constants may lie on the CPU."
     x, t = torch.empty(2, 3, 8, 8, device="meta"), torch.tensor([0, 999])
     a = abar_of()
     assert add_noise(x, t.to("meta"), x, a).device.type == "meta"
     if torch.cuda.is_available():
         x0, eps, _ = scenes(2)
-        for levels in (t, t.cuda()):
-            xt = add_noise(x0.cuda(), levels, eps.cuda(), a)
-            got = solve(xt, target(x0.cuda(), eps.cuda(), levels, a, "v_prediction"), levels, a, "v_prediction")
+        for timesteps in (t, t.cuda()):
+            xt = add_noise(x0.cuda(), timesteps, eps.cuda(), a)
+            got = solve(xt, target(x0.cuda(), eps.cuda(), timesteps, a, "v_prediction"), timesteps, a, "v_prediction")
             assert got.x0.is_cuda and (xt.cpu() - add_noise(x0, t, eps, a)).abs().max() < 1e-6
         assert min_snr_weight(t.cuda(), a, "v_prediction").is_cuda
 
@@ -193,14 +193,14 @@ ASK = dict(amplitudes=lambda t, x, a, p="epsilon": amplitudes(t, a), add_noise=l
 @pytest.mark.parametrize("t,said", [([0, 1000], r"\[0, 999\], got 0 to 1000"), ([-1, 5], "got -1 to 5")])
 @pytest.mark.parametrize("name", ASK)
 def test_a_level_that_does_not_exist_is_refused(name, t, said):
-    "Without a check -1 would be the last level."
+    "Without a check -1 would be the last timestep."
     with pytest.raises(ValueError, match=said): ASK[name](torch.tensor(t), scenes(2)[0], abar_of())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8])
 @pytest.mark.parametrize("name", ASK)
 def test_a_level_is_a_whole_number(name, dtype):
-    "Without a check bool and uint8 would pick levels as a mask."
+    "Without a check bool and uint8 would pick timesteps as a mask."
     with pytest.raises(TypeError, match="int64, got torch"): ASK[name](torch.ones(2, dtype=dtype), scenes(2)[0], abar_of())
 
 
@@ -211,7 +211,7 @@ def test_an_unknown_target_is_refused(name):
 
 
 @pytest.mark.parametrize("change,error,said", [
-    (dict(prediction="noise"), ValueError, "prediction must be one of"), (dict(kind="sigmoid"), ValueError, "kind must be one of"),
+    (dict(prediction="noise"), ValueError, "prediction must be one of"), (dict(kind="sigmoid"), ValueError, "betas must be one of"),
     (dict(prediction="epsilon", kind="zero_snr"), ValueError, "holds no signal"),
     (dict(T=1), ValueError, "T must be in"), (dict(T=1e3), TypeError, "T must be a whole number")])
 def test_a_schedule_that_cannot_be_is_refused(change, error, said):
@@ -261,10 +261,10 @@ def simulated(xa, xb, a, n=4000):
     return right/(2*n)
 
 
-@pytest.mark.parametrize("level", [100, 300, 500])
+@pytest.mark.parametrize("timestep", [100, 300, 500])
 @pytest.mark.parametrize("apart", [.5, 2.])
-def test_no_test_is_better_and_one_is_as_good(apart, level):
-    a, (xa, d, _) = abar_of()[level], scenes(1)
+def test_no_test_is_better_and_one_is_as_good(apart, timestep):
+    a, (xa, d, _) = abar_of()[timestep], scenes(1)
     xb = xa + apart*d/d.norm()
     want = best_accuracy(xa, xb, a[None]).item()
     assert abs(simulated(xa, xb, a) - want) < 4*math.sqrt(want*(1 - want)/8000)

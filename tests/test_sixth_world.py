@@ -1,4 +1,4 @@
-"A world that the package has never heard of goes through sampling, ruler, metrics, violations, training and files."
+"A task that the package has never heard of goes through sampling, ruler, metrics, violations, training and files."
 import functools
 import json
 import math
@@ -69,7 +69,7 @@ def wheel():
     del TASKS["wheel"]
 
 
-settings = pytest.mark.parametrize("changes", [{}, dict(palette="pure", size=48), dict(thick=.13, size=24)], ids=str)
+settings = pytest.mark.parametrize("changes", [{}, dict(palette="fixed", size=48), dict(thick=.13, size=24)], ids=str)
 
 
 @settings
@@ -114,50 +114,50 @@ def test_it_has_a_gradient():
 def test_it_is_measured():
     task, n = Wheel(), 128
     real, up, coarse, free = (rule_report(task, task.sample(n, 7, violate=v)[0]) for v in (None, "up", "coarse", "free"))
-    assert tuple(real.rows) == ROWS and real.yield_ > .98 and abs(real.rule_gap) < .02 and real.coarse == real.yield_
+    assert tuple(real.rows) == ROWS and real.readable > .98 and abs(real.rule_gap) < .02 and real.coarse == real.readable
     assert abs(up.error_px - 1) < .05 and up.bias > .02 and coarse.coarse == 0 and abs(free.rule_gap - 1) < .3
-    assert real.rows["coverage"].value < real.rows["coverage"].more["real_high"]
-    assert rule_report(task, task.sample(32, 9)[0], train=task.sample(64, 9)[0]).copies == 1
+    assert real.rows["marginals"].value < real.rows["marginals"].more["real_high"]
+    assert rule_report(task, task.sample(32, 9)[0], train=task.sample(64, 9)[0]).memorized == 1
     assert json.dumps(real.to_dict(), allow_nan=False) and "wheel" in str(real)
 
 
-@pytest.mark.parametrize("preset", ["laptop", "paper"])
+@pytest.mark.parametrize("preset", ["laptop", "published"])
 def test_it_is_trained_on_stored_and_found_again(preset, wheel, tmp_path):
-    task = wheel.with_(palette="pure", size=16, thick=.12)
-    small = SMALL | (dict(channels=(8, 8, 8, 16), attention=(False,)*3 + (True,)) if preset == "paper" else {})
+    task = wheel.with_(palette="fixed", size=16, thick=.12)
+    small = SMALL | (dict(channels=(8, 8, 8, 16), attention=(False,)*3 + (True,)) if preset == "published" else {})
     model, x0 = unet(preset, task, **small), task.sample(12, 0)[0]
-    assert model.recipe.world == task and model.recipe.task == dict(name="wheel", palette="pure", size=16, thick=.12)
+    assert model.recipe.task == task and model.recipe.to_dict()["task"] == dict(name="wheel", palette="fixed", size=16, thick=.12)
     assert [s.step for s in train_steps(model, x0, tmp_path/"run", 2, 0)] == [1, 2]
     x = sample(model, 4, 3, seed=1)
     assert x.shape == (4, 3, 16, 16) and x.isfinite().all() and rule_report(task, x, train=x0).n == 4
     model.save_pretrained(tmp_path/"hub")
     again = RuleUNet.from_pretrained(tmp_path/"hub").eval()
-    assert again.recipe.world == task and (sample(again, 4, 3, seed=1) - x).abs().max() < 1e-4
+    assert again.recipe.task == task and (sample(again, 4, 3, seed=1) - x).abs().max() < 1e-4
     kept, meta = run_weights(tmp_path/"run")
-    save_release(tmp_path/"w", "wheel-pure", kept, dict(recipe=meta["recipe"]))
-    assert load_pretrained("wheel", folder=tmp_path/"w").recipe.world == task
+    save_release(tmp_path/"w", "wheel-fixed", kept, dict(recipe=meta["recipe"]))
+    assert load_pretrained("wheel", folder=tmp_path/"w").recipe.task == task
 
 
 def test_a_model_of_an_unknown_world_says_so(wheel, tmp_path):
     model = unet("laptop", wheel.with_(size=16), **SMALL)
     for _ in fit(model, wheel.with_(size=16).sample(4, 0)[0], 2): pass
     model.save_pretrained(tmp_path/"hub")
-    save_release(tmp_path/"w", "wheel-paper", model.state_dict(), dict(recipe=model.recipe.to_dict()))
-    (tmp_path/"w/two_squares-paper.json").write_text((tmp_path/"w/wheel-paper.json").read_text())
-    (tmp_path/"w/two_squares-paper.safetensors").write_bytes((tmp_path/"w/wheel-paper.safetensors").read_bytes())
+    save_release(tmp_path/"w", "wheel-random", model.state_dict(), dict(recipe=model.recipe.to_dict()))
+    (tmp_path/"w/two_squares-random.json").write_text((tmp_path/"w/wheel-random.json").read_text())
+    (tmp_path/"w/two_squares-random.safetensors").write_bytes((tmp_path/"w/wheel-random.safetensors").read_bytes())
     del TASKS["wheel"]
     said = "unknown task 'wheel'.*register"
     with pytest.raises(ValueError, match=said): unet("laptop", Wheel())
     with pytest.raises(ValueError, match=said): sample(model, 1, 1)
     with pytest.raises(ValueError, match=said): RuleUNet.from_pretrained(tmp_path/"hub")
-    with pytest.raises(ValueError, match=said): load_pretrained("wheel", "paper", folder=tmp_path/"w")
-    with pytest.raises(StoreError, match=f"two_squares-paper.*{said}"): load_pretrained("two_squares", "paper", folder=tmp_path/"w")
+    with pytest.raises(ValueError, match=said): load_pretrained("wheel", "random", folder=tmp_path/"w")
+    with pytest.raises(StoreError, match=f"two_squares-random.*{said}"): load_pretrained("two_squares", "random", folder=tmp_path/"w")
     register(wheel)
     assert sample(model, 1, 1).shape == (1, 3, 16, 16)
 
 
 def test_the_commands_find_it(wheel, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "unet", functools.partial(unet, **SMALL, prediction="sample", contrast=0.))
+    monkeypatch.setattr(cli, "unet", functools.partial(unet, **SMALL, prediction="sample", sigma_data=0.))
     monkeypatch.setitem(cli.REPORT, "steps", 1)
     cli.train("wheel", steps=2, n=8, score=64, out=str(tmp_path), weights=str(tmp_path/"w"))
     assert load_pretrained("wheel", folder=tmp_path/"w").manifest["steps"] == 2
@@ -176,7 +176,7 @@ try: RuleUNet.from_pretrained(sys.argv[1])
 except ValueError as e: assert 'wheel' in str(e) and 'register' in str(e), e
 else: raise SystemExit('found what was not registered')
 register(Wheel())
-print(RuleUNet.from_pretrained(sys.argv[1]).recipe.world)
+print(RuleUNet.from_pretrained(sys.argv[1]).recipe.task)
 """
 
 
@@ -185,7 +185,7 @@ def test_another_process_finds_it_once_it_is_registered(wheel, tmp_path):
     code = PROCESS.format(path=[str(ROOT), str(ROOT/"tests")])
     env = clean_env(OMP_NUM_THREADS="1")
     r = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert r.returncode == 0 and "Wheel(size=16, palette='paper', thick=0.1)" in r.stdout, r.stderr[-2000:]
+    assert r.returncode == 0 and "Wheel(size=16, palette='random', thick=0.1)" in r.stdout, r.stderr[-2000:]
 
 
 def test_nothing_stays_behind(): assert "wheel" not in TASKS and get_task("two_circles").name == "two_circles"
@@ -195,5 +195,5 @@ def test_nothing_stays_behind(): assert "wheel" not in TASKS and get_task("two_c
 
 def test_the_notebooks_world_is_forty_lines():
     cells = [source(c) for c in read_nb(NBS/"91_sixth_world.ipynb")["cells"] if c["cell_type"] == "code"]
-    world = next(c for c in cells if "class Lever(Task)" in c).split("\nlever = ")[0]
-    assert 30 <= sum(bool(line.strip()) for line in world.splitlines()) <= 45
+    task = next(c for c in cells if "class Lever(Task)" in c).split("\nlever = ")[0]
+    assert 30 <= sum(bool(line.strip()) for line in task.splitlines()) <= 45

@@ -225,7 +225,7 @@ def test_a_description_that_is_no_dictionary(text, tmp_path):
     (tmp_path/"f").write_bytes(save(t, metadata=dict(meta=text, sha256=h)))
     try: _, meta = load_tensors(tmp_path/"f")
     except StoreError as e: assert str(tmp_path/"f") in str(e)
-    else: assert not isinstance(meta, dict) and json.dumps(meta) == text   # whole, and for the caller to judge
+    else: assert not isinstance(meta, dict) and json.dumps(meta) == text   # whole, and for the caller to scorer
 
 
 @pytest.mark.parametrize("blob", [b"", b"x", b"\xff\xfe\xfd"*100, "über".encode("utf-16"), b"{}", b"\0"*64, b"\xff"*64,
@@ -270,61 +270,61 @@ def test_what_is_not_there(name, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    save_release(tmp_path, "w-pure", dict(w=torch.linspace(-1, 1, 50), n=torch.arange(3)), dict(recipe=dict(lr=1), seed=0))
+    save_release(tmp_path, "w-fixed", dict(w=torch.linspace(-1, 1, 50), n=torch.arange(3)), dict(recipe=dict(lr=1), seed=0))
     return tmp_path
 
 
 def test_release_round_trip(folder):
-    tensors, manifest = load_release(folder, "w-pure")
-    assert list_releases(folder) == ["w-pure"] and litter(folder) == ["w-pure.json", "w-pure.safetensors"]
+    tensors, manifest = load_release(folder, "w-fixed")
+    assert list_releases(folder) == ["w-fixed"] and litter(folder) == ["w-fixed.json", "w-fixed.safetensors"]
     assert tensors["w"].dtype == torch.float16 and torch.equal(tensors["w"], torch.linspace(-1, 1, 50).half())
     assert torch.equal(tensors["n"], torch.arange(3))
-    assert manifest["bytes"] == (folder/"w-pure.safetensors").stat().st_size and manifest["recipe"] == dict(lr=1)
-    assert manifest["sha256"] == sha256((folder/"w-pure.safetensors").read_bytes()) and manifest == load_manifest(folder, "w-pure")
+    assert manifest["bytes"] == (folder/"w-fixed.safetensors").stat().st_size and manifest["recipe"] == dict(lr=1)
+    assert manifest["sha256"] == sha256((folder/"w-fixed.safetensors").read_bytes()) and manifest == load_manifest(folder, "w-fixed")
 
 
 def test_release_names_the_hashes(folder):
-    f = folder/"w-pure.safetensors"
-    blob, want = f.read_bytes(), load_manifest(folder, "w-pure")["sha256"]
+    f = folder/"w-fixed.safetensors"
+    blob, want = f.read_bytes(), load_manifest(folder, "w-fixed")["sha256"]
     for i in range(0, len(blob), 11):
         bad = blob[:i] + bytes([blob[i] ^ 1]) + blob[i + 1:]
         f.write_bytes(bad)
-        with pytest.raises(StoreError) as e: load_release(folder, "w-pure")
+        with pytest.raises(StoreError) as e: load_release(folder, "w-fixed")
         assert all(v in str(e.value) for v in (str(f), sha256(bad), want))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"sha256": "x"}', '{"recipe": {}}', "\x00", "null"])
 def test_a_damaged_manifest(text, folder):
-    (folder/"w-pure.json").write_text(text)
+    (folder/"w-fixed.json").write_text(text)
     for f in (load_manifest, load_release):
-        with pytest.raises(StoreError, match="w-pure.json"): f(folder, "w-pure")
+        with pytest.raises(StoreError, match="w-fixed.json"): f(folder, "w-fixed")
 
 
 def test_a_manifest_that_is_no_text(folder):
-    (folder/"w-pure.json").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(StoreError, match="w-pure.json"): load_manifest(folder, "w-pure")
+    (folder/"w-fixed.json").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(StoreError, match="w-fixed.json"): load_manifest(folder, "w-fixed")
 
 
 @pytest.mark.parametrize("value", ["0"*64, "", None, 3])
 def test_a_manifest_with_another_hash(value, folder):
-    f = folder/"w-pure.json"
+    f = folder/"w-fixed.json"
     said = json.loads(f.read_text()) | dict(sha256=value)
     f.write_text(json.dumps(said | dict(manifest_sha256=store._seal(said))))
-    with pytest.raises(StoreError, match="damaged"): load_release(folder, "w-pure")
+    with pytest.raises(StoreError, match="damaged"): load_release(folder, "w-fixed")
 
 
 def test_a_manifest_that_was_edited_is_refused(folder):
-    f = folder/"w-pure.json"
+    f = folder/"w-fixed.json"
     said = json.loads(f.read_text())
     for changed in (said | dict(seed=7), {k: v for k, v in said.items() if k != "manifest_sha256"}, said | dict(recipe=dict(x=1))):
         f.write_text(json.dumps(changed))
-        with pytest.raises(StoreError, match="w-pure.json was changed: found manifest_sha256"): load_manifest(folder, "w-pure")
+        with pytest.raises(StoreError, match="w-fixed.json was changed: found manifest_sha256"): load_manifest(folder, "w-fixed")
 
 
-@pytest.mark.parametrize("gone,word", [("w-pure.json", "no manifest"), ("w-pure.safetensors", "no file")])
+@pytest.mark.parametrize("gone,word", [("w-fixed.json", "no manifest"), ("w-fixed.safetensors", "no file")])
 def test_half_a_release(gone, word, folder):
     (folder/gone).unlink()
-    with pytest.raises(StoreError, match=word): load_release(folder, "w-pure")
+    with pytest.raises(StoreError, match=word): load_release(folder, "w-fixed")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

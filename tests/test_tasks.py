@@ -1,4 +1,4 @@
-"The worlds: laws and supports as published, rows of their own, four ways to break a rule, exact drawing."
+"The tasks: distributions and supports as published, rows of their own, four ways to break a rule, exact drawing."
 import colorsys
 import json
 import math
@@ -17,8 +17,8 @@ from rulediff_nb.core import to_8bit
 from rulediff_nb.features import features_type  # noqa: F401  (gives every task its `features`)
 from rulediff_nb.tasks import (
     METHODS,
-    PALETTE,
-    PURE,
+    RANDOM,
+    FIXED,
     TASKS,
     Disc,
     Perspective,
@@ -60,12 +60,12 @@ def equal(f, g): return all(torch.equal(a, b) for a, b in zip(f, g))
 
 # ---------------------------------------------------------------- what holds for every image
 
-worlds = st.builds(lambda name, size, palette: get_task(name, size=size, palette=palette),
-                   st.sampled_from(NAMES), st.integers(16, 128), st.sampled_from(["paper", "pure"]))
+tasks = st.builds(lambda name, size, palette: get_task(name, size=size, palette=palette),
+                   st.sampled_from(NAMES), st.integers(16, 128), st.sampled_from(["random", "fixed"]))
 
 
 @settings(max_examples=40)
-@given(worlds, st.integers(0, 2**63 - 1), st.integers(1, 9))
+@given(tasks, st.integers(0, 2**63 - 1), st.integers(1, 9))
 def test_any_seed_size_and_palette_keeps_the_rule(task, seed, n):
     x, f = task.sample(n, seed)
     assert x.shape == (n, 3, task.size, task.size) and x.dtype == torch.float32
@@ -78,7 +78,7 @@ def test_any_seed_size_and_palette_keeps_the_rule(task, seed, n):
 
 
 @settings(max_examples=40)
-@given(worlds, st.integers(0, 2**63 - 1), st.sampled_from([None, "up", "down", "coarse", "free"]))
+@given(tasks, st.integers(0, 2**63 - 1), st.sampled_from([None, "up", "down", "coarse", "free"]))
 def test_a_row_does_not_depend_on_how_many_there_are(task, seed, violate):
     x64, f64 = task.sample(64, seed, violate=violate)
     for n in (1, 7):
@@ -93,7 +93,7 @@ def test_seeds_share_no_row(name):
 
 
 @settings(max_examples=25)
-@given(worlds, st.integers(0, 2**32), st.booleans())
+@given(tasks, st.integers(0, 2**32), st.booleans())
 def test_mirrored_factors_give_mirrored_images(task, seed, upside_down):
     f = double(task.factors(3, seed))
     circles = isinstance(task, TwoCircles)
@@ -132,7 +132,7 @@ def drawn(task, u):
     return task.Factors(*(v[task.inside(f)].float() for v in f))
 
 
-@pytest.mark.parametrize("palette", ["paper", "pure"])
+@pytest.mark.parametrize("palette", ["random", "fixed"])
 @names
 def test_admissible_factors_read_back(name, palette):
     task = get_task(name, palette=palette)
@@ -162,7 +162,7 @@ def test_nearly_everything_large_is_read(name):
 # ---------------------------------------------------------------- breaking the rule
 
 @settings(max_examples=30)
-@given(worlds, st.integers(0, 2**32), st.sampled_from(["up", "down"]), st.floats(1/256, 1/24))
+@given(tasks, st.integers(0, 2**32), st.sampled_from(["up", "down"]), st.floats(1/256, 1/24))
 def test_up_and_down_move_the_dependent_length_by_the_margin(task, seed, violate, margin):
     f = task.factors(16, seed, violate, margin)
     got, want = task.dependent(f)
@@ -241,7 +241,7 @@ def test_unknown_names_list_the_known_ones(name):
 
 @names
 def test_spec_gives_the_task_back(name):
-    for task in (get_task(name, size=64, palette="pure"), get_task(name)):
+    for task in (get_task(name, size=64, palette="fixed"), get_task(name)):
         assert get_task(**json.loads(json.dumps(task.spec()))) == task and hash(get_task(**task.spec())) == hash(task)
     assert TASKS[name].name == name and get_task(TASKS[name], size=48).size == 48
 
@@ -252,10 +252,10 @@ def test_five_worlds(): assert NAMES == ["sun_shadow", "sun_shadow_free", "persp
 def test_published_counts(): assert [t.paper_n for t in TASKS.values()] == [4000, 4000, 2000, 2000, 2000]
 
 
-# ---------------------------------------------------------------- laws
+# ---------------------------------------------------------------- distributions
 
-def law(name, n, rng):
-    "The published laws once more, in plain numpy; rejected scenes are drawn anew."
+def distribution(name, n, rng):
+    "The published distributions once more, in plain numpy; rejected scenes are drawn anew."
     def u(lo, hi): return rng.uniform(lo, hi, n)
     if name.startswith("sun"):
         lo = np.array([0., .3, .5, .8])[rng.integers(4, size=n)]
@@ -283,14 +283,14 @@ def law(name, n, rng):
 
 @names
 def test_every_factor_follows_its_law(name):
-    want, ok = law(name, 40000, np.random.default_rng(1))
+    want, ok = distribution(name, 40000, np.random.default_rng(1))
     f = factors(name)
     for k, v in want.items():
         assert stats.ks_2samp(getattr(f, k).double().numpy(), v[ok]).pvalue > 1e-4, k
 
 
 def test_a_wrong_law_is_seen():
-    want, _ = law("two_circles", 40000, np.random.default_rng(1))   # as written down, before any scene is refused
+    want, _ = distribution("two_circles", 40000, np.random.default_rng(1))   # as written down, before any scene is refused
     assert stats.ks_2samp(factors("two_circles").r1.double().numpy(), want["r1"]).pvalue < 1e-4
 
 
@@ -365,7 +365,7 @@ def test_colours_are_whole_numbers_in_their_ranges(name):
         rgb = f.rgb[:, k]
         hsv = [np.rint(v) for v in to_hsv(rgb)]
         clear = hsv[1] > 60   # where a hue can be told
-        for j, (v, (lo, hi)) in enumerate(zip(hsv, PALETTE[colour])):
+        for j, (v, (lo, hi)) in enumerate(zip(hsv, RANDOM[colour])):
             if j == 0 and colour == "grey": continue   # any hue
             assert v.min() >= lo and v.max() <= hi, (colour, j)
             assert v.min() == lo and v.max() == hi or hi - lo > 40 and v.min() < lo + 4 and v.max() > hi - 4, (colour, j)
@@ -381,14 +381,14 @@ def test_grey_takes_every_hue():
 
 
 def test_palette_as_published():
-    assert PALETTE == dict(warm=((0, 30), (100, 255), (200, 255)), cool=((90, 150), (100, 255), (100, 255)),
+    assert RANDOM == dict(warm=((0, 30), (100, 255), (200, 255)), cool=((90, 150), (100, 255), (100, 255)),
                            grey=((0, 179), (0, 50), (50, 150)))
 
 
 def test_pure_colours_are_fixed_and_lie_in_the_ranges():
-    for colour, hsv in PURE.items(): assert all(lo <= v <= hi for v, (lo, hi) in zip(hsv, PALETTE[colour]))
+    for colour, hsv in FIXED.items(): assert all(lo <= v <= hi for v, (lo, hi) in zip(hsv, RANDOM[colour]))
     for name in NAMES:
-        f = get_task(name, palette="pure").factors(50, 0)
+        f = get_task(name, palette="fixed").factors(50, 0)
         assert (f.rgb == f.rgb[:1]).all()
         g = TASKS[name].factors(50, 0)
         assert equal(f[:-1], g[:-1])   # the same geometry
@@ -529,12 +529,12 @@ def test_a_task_can_be_changed_in_one_field():
     with pytest.raises(TypeError): TwoCircles().with_(colour="red")
 
 
-# ---------------------------------------------------------------- worlds of a reader's own
+# ---------------------------------------------------------------- tasks of a reader's own
 
 SQUARES = {k: TwoSquares.__dict__[k] for k in (*METHODS, "colours", "Factors", "length", "n_uniform", "inside")}
 
 
-def world(base=TwoSquares, **own):
+def task(base=TwoSquares, **own):
     "An instance of a class with some attributes of its own."
     return type("Mine", (base,), {"name": "mine", **own})()
 
@@ -579,7 +579,7 @@ def shapes(f): return TwoSquares.shapes(TASKS["two_squares"], f)
 
 
 @pytest.mark.parametrize("size", [16, 32, 100])
-@pytest.mark.parametrize("palette", ["paper", "pure"])
+@pytest.mark.parametrize("palette", ["random", "fixed"])
 @names
 def test_the_five_worlds_keep_their_promises(name, palette, size):
     task = get_task(name, palette=palette, size=size)
@@ -589,51 +589,51 @@ def test_the_five_worlds_keep_their_promises(name, palette, size):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_missing_method_is_named(method):
     own = {k: v for k, v in SQUARES.items() if k != method}
-    with pytest.raises(ValueError, match=f"Mine: these methods are missing: {method}$"): check_task(world(Task, **own))
+    with pytest.raises(ValueError, match=f"Mine: these methods are missing: {method}$"): check_task(task(Task, **own))
 
 
 def test_all_that_is_missing_is_named_at_once():
-    with pytest.raises(ValueError, match=", ".join(METHODS)): check_task(world(Task))
+    with pytest.raises(ValueError, match=", ".join(METHODS)): check_task(task(Task))
 
 
 @pytest.mark.parametrize("word,task", [
-    ("class variables", Annotated()), ("plain values", Unspoken()), ("`name`", world(name="")), ("`name`", world(name=3)),
-    ("`colours`.*pink", world(colours=("warm", "pink"))), ("`colours`", world(colours=())),
-    ("last field is rgb.*'rgb', 'l2'", world(Factors=Swapped)), ("last field is rgb", world(Factors=tuple)),
-    ("error.*rename", world(Factors=Reserved)),
-    ("`length`.*'r2'", world(length="r2")), ("`length`.*'rgb'", world(length="rgb")),
-    ("draw fails: IndexError", world(n_uniform=2)),
-    ("draw must give SquareFactors, got tuple", world(draw=lambda self, u, rgb: tuple(draw(self, u, rgb)))),
-    ("draw fails: TypeError", world(Factors=Half, draw=lambda self, u, rgb: Half(u[:, 0], rgb))),
-    ("draw must give.*got float", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=.2))),
-    ("draw must give.*got.*int64", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(x1=torch.zeros(len(u), dtype=torch.long)))),
-    ("draw must give.*64, 1", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=u[:, :1]))),
-    ("draw gives numbers that are not finite", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=u[:, 0]/0))),
-    ("pass the colours on", world(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(rgb=rgb[:, 0]))),
-    ("draw mixes rows", world(draw=lambda self, u, rgb: draw(self, u[torch.argsort(u[:, 0])], rgb))),
-    ("inside must give.*bool.*float", world(inside=lambda self, f: f.l2)),
-    ("no scene", world(inside=lambda self, f: f.l2 > 2)),
-    ("one Rect or Disc for each", world(shapes=lambda self, f: shapes(f)[:1])),
-    ("one Rect or Disc", world(shapes=lambda self, f: shapes(f)[0])),
-    ("one Rect or Disc", world(shapes=lambda self, f: [tuple(s) for s in shapes(f)])),
-    ("shapes must give", world(shapes=lambda self, f: (shapes(f)[0], Disc(f.x2, f.y2, .1)))),
-    ("shapes fails: AttributeError", world(shapes=lambda self, f: f.radius)),
-    ("overlap", world(shapes=lambda self, f: (shapes(f)[0], shapes(f)[0]))),
-    ("sides differ: .* in row 0", world(sides=lambda self, f: (1.4*f.l1, f.l2))),
-    ("sides must give a tuple", world(sides=lambda self, f: f.l1)), ("sides must give", world(sides=lambda self, f: (f.l1*1.5, 0.))),
-    ("negative", world(sides=lambda self, f: (-1.5*f.l1, -f.l2))),
-    ("dependent must give l2", world(dependent=lambda self, f: (1.5*f.l1, f.l2))),
-    ("predicts another l2", world(dependent=lambda self, f: (f.l2, f.l1))),
-    ("coarse must give.*bool.*float", world(coarse=lambda self, f: f.l2 - f.l1)),
-    ("coarse must give.*got bool", world(coarse=lambda self, f: True)),
-    ("coarse must give.*64, 2", world(coarse=lambda self, f: torch.stack([f.l2 > f.l1]*2, 1))),
-    ("coarse does not hold", world(coarse=lambda self, f: f.l2 > .3)),
-    ("with_dependent must set l2", world(with_dependent=lambda self, f, length: f._replace(l1=length))),
-    ("with_dependent must set l2", world(with_dependent=lambda self, f, length: None)),
-    ("do not notice", world(sides=lambda self, f: (f.l1, f.l1))),
-    ("break_coarse fails: NotImplementedError", world(break_coarse=lambda self, f: exec("raise NotImplementedError"))),
-    ("break_coarse leaves", world(break_coarse=lambda self, f: f)),
-    ("no scene.*'up'", world(inside=lambda self, f: TwoSquares.inside(self, f) & (f.l2 <= 1.5*f.l1 + .01)))])
+    ("class variables", Annotated()), ("plain values", Unspoken()), ("`name`", task(name="")), ("`name`", task(name=3)),
+    ("`colours`.*pink", task(colours=("warm", "pink"))), ("`colours`", task(colours=())),
+    ("last field is rgb.*'rgb', 'l2'", task(Factors=Swapped)), ("last field is rgb", task(Factors=tuple)),
+    ("error.*rename", task(Factors=Reserved)),
+    ("`length`.*'r2'", task(length="r2")), ("`length`.*'rgb'", task(length="rgb")),
+    ("draw fails: IndexError", task(n_uniform=2)),
+    ("draw must give SquareFactors, got tuple", task(draw=lambda self, u, rgb: tuple(draw(self, u, rgb)))),
+    ("draw fails: TypeError", task(Factors=Half, draw=lambda self, u, rgb: Half(u[:, 0], rgb))),
+    ("draw must give.*got float", task(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=.2))),
+    ("draw must give.*got.*int64", task(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(x1=torch.zeros(len(u), dtype=torch.long)))),
+    ("draw must give.*64, 1", task(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=u[:, :1]))),
+    ("draw gives numbers that are not finite", task(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(l1=u[:, 0]/0))),
+    ("pass the colours on", task(draw=lambda self, u, rgb: draw(self, u, rgb)._replace(rgb=rgb[:, 0]))),
+    ("draw mixes rows", task(draw=lambda self, u, rgb: draw(self, u[torch.argsort(u[:, 0])], rgb))),
+    ("inside must give.*bool.*float", task(inside=lambda self, f: f.l2)),
+    ("no scene", task(inside=lambda self, f: f.l2 > 2)),
+    ("one Rect or Disc for each", task(shapes=lambda self, f: shapes(f)[:1])),
+    ("one Rect or Disc", task(shapes=lambda self, f: shapes(f)[0])),
+    ("one Rect or Disc", task(shapes=lambda self, f: [tuple(s) for s in shapes(f)])),
+    ("shapes must give", task(shapes=lambda self, f: (shapes(f)[0], Disc(f.x2, f.y2, .1)))),
+    ("shapes fails: AttributeError", task(shapes=lambda self, f: f.radius)),
+    ("overlap", task(shapes=lambda self, f: (shapes(f)[0], shapes(f)[0]))),
+    ("sides differ: .* in row 0", task(sides=lambda self, f: (1.4*f.l1, f.l2))),
+    ("sides must give a tuple", task(sides=lambda self, f: f.l1)), ("sides must give", task(sides=lambda self, f: (f.l1*1.5, 0.))),
+    ("negative", task(sides=lambda self, f: (-1.5*f.l1, -f.l2))),
+    ("dependent must give l2", task(dependent=lambda self, f: (1.5*f.l1, f.l2))),
+    ("predicts another l2", task(dependent=lambda self, f: (f.l2, f.l1))),
+    ("coarse must give.*bool.*float", task(coarse=lambda self, f: f.l2 - f.l1)),
+    ("coarse must give.*got bool", task(coarse=lambda self, f: True)),
+    ("coarse must give.*64, 2", task(coarse=lambda self, f: torch.stack([f.l2 > f.l1]*2, 1))),
+    ("coarse does not hold", task(coarse=lambda self, f: f.l2 > .3)),
+    ("with_dependent must set l2", task(with_dependent=lambda self, f, length: f._replace(l1=length))),
+    ("with_dependent must set l2", task(with_dependent=lambda self, f, length: None)),
+    ("do not notice", task(sides=lambda self, f: (f.l1, f.l1))),
+    ("break_coarse fails: NotImplementedError", task(break_coarse=lambda self, f: exec("raise NotImplementedError"))),
+    ("break_coarse leaves", task(break_coarse=lambda self, f: f)),
+    ("no scene.*'up'", task(inside=lambda self, f: TwoSquares.inside(self, f) & (f.l2 <= 1.5*f.l1 + .01)))])
 def test_what_is_wrong_with_a_world_is_said(word, task):
     with pytest.raises(ValueError, match=f"^{type(task).__name__}[:.].*(?:{word})"): check_task(task)
 
@@ -645,25 +645,25 @@ def test_what_is_no_world_is_refused(thing):
 
 def test_a_world_is_registered(monkeypatch):
     monkeypatch.setattr("rulediff_nb.tasks.TASKS", dict(TASKS))
-    task = world()
+    mine = task()
     with pytest.raises(ValueError, match="'mine'.*register"): get_task("mine")
-    assert register(task) is task and get_task("mine") is not None and get_task(**task.with_(size=48).spec()) == task.with_(size=48)
-    assert register(task.with_(palette="pure")) == get_task("mine")   # the same class may say again how it is meant
-    with pytest.raises(ValueError, match="these methods"): register(world(Task, name="other"))
+    assert register(mine) is mine and get_task("mine") is not None and get_task(**mine.with_(size=48).spec()) == mine.with_(size=48)
+    assert register(mine.with_(palette="fixed")) == get_task("mine")   # the same class may say again how it is meant
+    with pytest.raises(ValueError, match="these methods"): register(task(Task, name="other"))
     with pytest.raises(ValueError, match="unknown task 'other'"): get_task("other")
 
 
 @pytest.mark.parametrize("name", [*NAMES, "mine"])
 def test_a_taken_name_is_refused(name, monkeypatch):
     monkeypatch.setattr("rulediff_nb.tasks.TASKS", dict(TASKS))
-    register(world())
-    with pytest.raises(ValueError, match=f"'{name}' is taken by"): register(world(name=name))
+    register(task())
+    with pytest.raises(ValueError, match=f"'{name}' is taken by"): register(task(name=name))
     assert NAMES == list(TASKS)
 
 
 def test_a_cell_may_be_run_again(monkeypatch):
     monkeypatch.setattr("rulediff_nb.tasks.TASKS", dict(TASKS))
-    first, again = world(__module__="__main__"), world(__module__="__main__")
+    first, again = task(__module__="__main__"), task(__module__="__main__")
     register(first), register(again)
     assert type(get_task("mine")) is type(again) is not type(first)
-    with pytest.raises(ValueError, match="taken by Mine"): register(world(__module__="__main__", __qualname__="Other"))
+    with pytest.raises(ValueError, match="taken by Mine"): register(task(__module__="__main__", __qualname__="Other"))

@@ -16,11 +16,11 @@ from rulediff_nb import train as training
 from rulediff_nb.schedule import add_noise, noise_schedule, target
 from rulediff_nb.store import StoreError, load_tensors, save_tensors
 from rulediff_nb.tasks import TASKS, get_task
-from rulediff_nb.train import Batch, Run, draw_batch, fit, label_among, level_shares, load_run, save_run, train, train_steps
+from rulediff_nb.train import Batch, Run, draw_batch, fit, label_among, timestep_shares, load_run, save_run, train, train_steps
 from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
-TASK = get_task("two_squares", palette="pure", size=16)
+TASK = get_task("two_squares", palette="fixed", size=16)
 X0 = TASK.sample(40, 0)[0]
 ALIKE = torch.full((1000,), 1e-3, dtype=torch.float64)
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, lr=1e-3)
@@ -147,7 +147,7 @@ def level_batch(labels_hidden=False):
 def test_the_exact_target_is_the_mean_of_the_targets_in_question(kind, prediction):
     y = dict(none=None, classes=torch.arange(40) % 2, conditions=(torch.arange(40) % 3)[:, None]*torch.tensor([[.5, 1.]]))[kind]
     extra = dict(none={}, classes=dict(classes=2), conditions=dict(conditions=2))[kind]
-    run = Run(net(precision="fp32", prediction=prediction, contrast=0., **extra), 10)
+    run = Run(net(precision="fp32", prediction=prediction, sigma_data=0., **extra), 10)
     batch = level_batch(labels_hidden=True)
     among = torch.ones(4, 40, dtype=torch.bool)
     if kind != "none": among[[0, 2]] = (y[batch.rows[[0, 2]]][:, None] == y).view(2, 40, -1).all(2)
@@ -161,7 +161,7 @@ def test_the_exact_target_is_the_mean_of_the_targets_in_question(kind, predictio
 
 
 def test_the_exact_target_has_the_gradient_of_the_drawn_ones_on_average():
-    m = net(precision="fp32", exact_target=False)
+    m = net(precision="fp32", posterior_mean=False)
     t, abar, x0 = torch.tensor([950]), m.abar, X0[:3]
     xt = add_noise(x0[:1], t, torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)), abar)
     s, n = abar[t].sqrt(), (1 - abar[t]).sqrt()
@@ -170,7 +170,7 @@ def test_the_exact_target_has_the_gradient_of_the_drawn_ones_on_average():
     assert p.max() < .9, "one image has it all: the test cannot fail"
 
     def grad(exact, row):
-        run = Run(net(precision="fp32", exact_target=exact), 10)
+        run = Run(net(precision="fp32", posterior_mean=exact), 10)
         run.loss(x0, Batch(torch.tensor([row]), t, eps[row:row + 1], torch.tensor([False]))).backward()
         return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
     drawn, exact = torch.stack([grad(False, i) for i in range(3)]), grad(True, 0)
@@ -206,7 +206,7 @@ def test_batches_reach_every_row_and_every_level():
 
 def test_stratified_levels_take_one_of_each_part_and_all_equally_often():
     draws = torch.stack([draw_batch(0, k, 30, 8, ALIKE, (1, 1, 1), stratified=True).t for k in range(500)])
-    for t in draws:   # whatever they are moved by, neighbours are an eighth of the levels apart
+    for t in draws:   # whatever they are moved by, neighbours are an eighth of the timesteps apart
         gaps = (t.roll(-1) - t) % 1000
         assert gaps.min() >= 124 and gaps.max() <= 126
     assert draws.min() < 10 and draws.max() >= 990 and abs(draws.double().mean() - 499.5) < 5
@@ -217,13 +217,13 @@ def test_stratified_levels_take_one_of_each_part_and_all_equally_often():
 @pytest.mark.parametrize("betas", ["linear", "cosine", "zero_snr"])
 @pytest.mark.parametrize("mean,std", [(.6, .8), (-1.2, 1.2)])
 def test_a_normal_law_of_noise_is_drawn_on_every_schedule(betas, mean, std):
-    abar = noise_schedule(kind=betas).alphas_cumprod.double()
-    shares, ln_sigma = level_shares(abar, mean, std), (.5*((1 - abar)/abar).log()).clamp(max=20)
+    abar = noise_schedule(betas=betas).alphas_cumprod.double()
+    shares, ln_sigma = timestep_shares(abar, mean, std), (.5*((1 - abar)/abar).log()).clamp(max=20)
     assert shares.shape == (1000,) and (shares.sum() - 1).abs() < 1e-12 and shares.min() >= 0
     t = torch.cat([draw_batch(0, k, 30, 64, shares, (1, 1, 1), stratified=k % 2 == 0).t for k in range(300)])
     inner = ln_sigma[t].clamp(mean - 2*std, mean + 2*std)
     assert (inner.mean() - mean).abs() < .03 and (inner.std() - .96*std).abs() < .04
-    assert torch.equal(level_shares(abar), ALIKE) and (level_shares(abar, mean, 1e-3) > .9).sum() <= 1
+    assert torch.equal(timestep_shares(abar), ALIKE) and (timestep_shares(abar, mean, 1e-3) > .9).sum() <= 1
 
 
 # ---------------------------------------------------------------- what is refused
@@ -260,7 +260,7 @@ def test_sizes_that_do_not_fit_the_network(size, kw):
 
 
 def test_unknown_presets_list_the_known_ones():
-    with pytest.raises(ValueError, match="laptop, paper"): unet("desktop", TASK)
+    with pytest.raises(ValueError, match="laptop, published"): unet("desktop", TASK)
 
 
 # ---------------------------------------------------------------- checkpoints

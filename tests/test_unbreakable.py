@@ -24,7 +24,7 @@ from rulediff_nb.train import claim, fit, train_steps
 from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
-TASK = get_task("two_squares", palette="pure", size=16)
+TASK = get_task("two_squares", palette="fixed", size=16)
 X0 = TASK.sample(40, 0)[0]
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, lr=1e-3)
 STEPS = 30
@@ -271,11 +271,11 @@ def test_another_recipe_is_named(change, words, tmp_path):
     refused(words, tmp_path, lambda: train_steps(net(**change), X0, tmp_path, 6))
 
 
-@pytest.mark.parametrize("world,words", [
+@pytest.mark.parametrize("task,words", [
     (dict(name="two_circles"), ["recipe.task.name is two_squares, expected two_circles"]),
-    (dict(palette="paper"), ["recipe.task.palette is pure, expected paper"]), (dict(size=32), ["recipe.task.size is 16, expected 32"])])
-def test_another_task_is_named(world, words, tmp_path):
-    task = get_task(**dict(name="two_squares", palette="pure", size=16) | world)
+    (dict(palette="random"), ["recipe.task.palette is pure, expected paper"]), (dict(size=32), ["recipe.task.size is 16, expected 32"])])
+def test_another_task_is_named(task, words, tmp_path):
+    task = get_task(**dict(name="two_squares", palette="fixed", size=16) | task)
     refused(words, tmp_path, lambda: train_steps(unet("laptop", task, 0, **SMALL), task.sample(40, 0)[0], tmp_path, 6))
 
 
@@ -499,7 +499,7 @@ def test_memory_does_not_grow_over_two_thousand_steps(saving, tmp_path, record):
 def twin(model, seed=0):
     "Full-precision weights that round to the model's half-precision ones: uniform within half a step around each."
     rng = torch.Generator().manual_seed(seed)
-    out = load_pretrained(model.recipe.world.name, model.recipe.world.palette)
+    out = load_pretrained(model.recipe.task.name, model.recipe.task.palette)
     with torch.no_grad():
         for p in out.parameters():
             h = p.half()
@@ -514,14 +514,14 @@ def twin(model, seed=0):
 def test_half_precision_gives_a_rule_gap_as_good(name, record):
     "Paired over images from the same noise: the 95 % interval of the difference lies within .02."
     model, n = load_pretrained(name), 512
-    world = model.recipe.world
-    real = real_images(world, n)
-    e, c = statistics(real.floor, world.size), statistics(real.chance, world.size)["rule_error"]
+    task = model.recipe.task
+    real = real_images(task, n)
+    e, c = statistics(real.floor, task.size), statistics(real.chance, task.size)["rule_error"]
 
     def f(m):
-        s = statistics(m, world.size)
-        return dict(g=gap(s["rule_error"], s["yield_"], e["rule_error"], e["yield_"], c))
-    a, b = (measure(world, sample(m, n, steps=25, seed=2)) for m in (model, twin(model)))
+        s = statistics(m, task.size)
+        return dict(g=gap(s["rule_error"], s["readable"], e["rule_error"], e["readable"], c))
+    a, b = (measure(task, sample(m, n, steps=25, seed=2)) for m in (model, twin(model)))
     diff, (lo, hi) = (f(a)["g"] - f(b)["g"]).item(), interval(bootstrap(a, f)["g"] - bootstrap(b, f)["g"])
     record(f"rule_gap of {name}, half less full precision, {n} images", f"{diff:+.4f} [{lo:+.4f}, {hi:+.4f}] at {f(b)['g']:.3f}")
     assert -.02 < lo <= hi < .02

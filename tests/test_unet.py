@@ -8,10 +8,10 @@ from torch import nn
 
 from rulediff_nb.core import row_noise
 from rulediff_nb.tasks import SunShadow, get_task
-from rulediff_nb.unet import PAPER_EPOCHS, PRESETS, Condition, Recipe, RuleUNet, check_labels, grow, recipe, unet
+from rulediff_nb.unet import PUBLISHED_EPOCHS, PRESETS, Condition, Recipe, RuleUNet, check_labels, grow, recipe, unet
 
 torch.set_num_threads(1)
-TASK = get_task("two_squares", palette="pure", size=16)
+TASK = get_task("two_squares", palette="fixed", size=16)
 SMALL = dict(channels=(8, 8, 16), head_dim=8)
 T2 = torch.tensor([3, 900])
 
@@ -23,7 +23,7 @@ def noise(n=2, size=16): return row_noise(0, range(n), (3, size, size))
 
 
 @torch.no_grad()
-def answer(model, y=None, n=2): return model.predict(noise(n, model.recipe.world.size), T2[:1].expand(n) if n != 2 else T2, y)
+def answer(model, y=None, n=2): return model.predict(noise(n, model.recipe.task.size), T2[:1].expand(n) if n != 2 else T2, y)
 
 
 def same(a, b): return set(a) == set(b) and all(torch.equal(v, b[k]) for k, v in a.items())
@@ -33,13 +33,13 @@ def same(a, b): return set(a) == set(b) and all(torch.equal(v, b[k]) for k, v in
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_recipe_survives_json(preset):
-    for task in ("sun_shadow_free", SunShadow(size=64, palette="pure")):
+    for task in ("sun_shadow_free", SunShadow(size=64, palette="fixed")):
         r = recipe(preset, task, classes=3, lr=1e-4)
         back = Recipe.from_dict(json.loads(json.dumps(r.to_dict())))
-        assert back == r and hash(json.dumps(back.to_dict())) and back.world == get_task(task) and back.classes == 3
+        assert back == r and hash(json.dumps(back.to_dict())) and back.task == get_task(task) and back.classes == 3
 
 
-def test_every_field_is_stored(): assert set(PRESETS["paper"].to_dict()) == {f.name for f in fields(Recipe)}
+def test_every_field_is_stored(): assert set(PRESETS["published"].to_dict()) == {f.name for f in fields(Recipe)}
 
 
 def test_a_recipe_that_lacks_new_fields_gets_their_defaults():
@@ -56,7 +56,7 @@ def test_unknown_fields_are_named(extra):
 
 
 def test_the_published_lengths():
-    assert {k: recipe("paper", k).epochs for k in PAPER_EPOCHS} == PAPER_EPOCHS and recipe("laptop", "two_circles").epochs is None
+    assert {k: recipe("published", k).epochs for k in PUBLISHED_EPOCHS} == PUBLISHED_EPOCHS and recipe("laptop", "two_circles").epochs is None
 
 
 def test_how_it_was_trained_is_not_the_network():
@@ -197,7 +197,7 @@ def test_rows_do_not_meet():
     assert torch.allclose(alone, answer(model), atol=1e-5)
 
 
-@pytest.mark.parametrize("kw", [{}, dict(classes=3), dict(conditions=2), dict(betas="cosine"), dict(prediction="epsilon", contrast=0.)])
+@pytest.mark.parametrize("kw", [{}, dict(classes=3), dict(conditions=2), dict(betas="cosine"), dict(prediction="epsilon", sigma_data=0.)])
 def test_saved_and_loaded(kw, tmp_path):
     model = net(**kw)
     model.save_pretrained(tmp_path)
@@ -252,7 +252,7 @@ def test_weights_of_another_network_are_not_grown(kw):
 
 
 @pytest.mark.parametrize("change,word", [
-    (dict(prediction="epsilon"), "contrast"), (dict(classes=3, conditions=2), "not both"), (dict(batch=-3), "batch"), (dict(ema=7.), "ema"),
+    (dict(prediction="epsilon"), "sigma_data"), (dict(classes=3, conditions=2), "not both"), (dict(batch=-3), "batch"), (dict(ema=7.), "ema"),
     (dict(precision="fp99"), "precision")])
 def test_recipes_that_cannot_be_are_refused(change, word):
     with pytest.raises(ValueError, match=word): unet("laptop", "two_squares", **change)

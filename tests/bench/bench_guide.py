@@ -4,25 +4,25 @@ import time
 import torch
 
 from rulediff_nb.classifier import load_classifier
-from rulediff_nb.guide import AtClean, Oracle, guided
+from rulediff_nb.guide import CleanGuidance, Oracle, guided
 from rulediff_nb.sample import ddim, load_pretrained, sample
 
 N, STEPS, SCALE = 64, 10, 2.
 
 
-def networks(world="sun_shadow_free"):
+def networks(task="sun_shadow_free"):
     torch.set_num_threads(1)
-    return load_pretrained(world), load_classifier(world)
+    return load_pretrained(task), load_classifier(task)
 
 
 def mean_shifting(model, clf):
     "Ancestral sampling as openai's classifier_sample does it: each step's mean + scale*variance*gradient, noise from torch's generator."
     abar = model.abar.double()
-    levels = ddim(model.recipe)
-    levels.set_timesteps(STEPS)
-    levels = levels.timesteps.tolist()
+    timesteps = ddim(model.recipe)
+    timesteps.set_timesteps(STEPS)
+    timesteps = timesteps.timesteps.tolist()
     x = torch.randn(N, 3, 32, 32)
-    for t, down in zip(levels, [*levels[1:], None]):
+    for t, down in zip(timesteps, [*timesteps[1:], None]):
         a, b = abar[t], abar[down] if down is not None else torch.tensor(1., dtype=abar.dtype)
         s, n, alpha = (v.float() for v in (a.sqrt(), (1 - a).sqrt(), a/b))
         at = torch.full((N,), t)
@@ -41,7 +41,7 @@ def bench_guided():
     model, clf = networks()
     def run(m): return lambda: sample(m, N, STEPS, 1., 0)
     plain = run(model)
-    for what, pull in ("the laptop classifier", clf), ("the same at x0_hat", AtClean(clf)), ("the oracle", Oracle(model.recipe.world)):
+    for what, pull in ("the laptop classifier", clf), ("the same at x0_hat", CleanGuidance(clf)), ("the oracle", Oracle(model.recipe.task)):
         yield f"{N} images in {STEPS} steps: not guided -> guided by {what}", plain, run(guided(model, pull, SCALE))
 
 

@@ -10,7 +10,7 @@ SHAPE, TIMES = (64, 3, 32, 32), 30
 
 
 def often(f):
-    "Many calls, so that a pause of the machine weighs less."
+    "Many nfe, so that a pause of the machine weighs less."
     def run():
         for _ in range(TIMES): f()
     return run
@@ -25,7 +25,7 @@ def bench_noise():
 def bench_noise_in_a_step():
     "The same beside one call of the laptop network: what share of a sampling step it is."
     torch.set_num_threads(1)
-    model = unet("laptop", get_task("two_circles", palette="pure")).eval()
+    model = unet("laptop", get_task("two_circles", palette="fixed")).eval()
     x, t = torch.randn(SHAPE), torch.full((SHAPE[0],), 500)
 
     def step(noise):

@@ -64,11 +64,11 @@ def ours(x, preset, **how):
 
 
 def bench_textbook():
-    "Network, batch and optimizer are the same; bfloat16, the law of levels, averaged weights, clipping and exact targets are ours alone."
+    "Network, batch and optimizer are the same; bfloat16, the distribution of timesteps, averaged weights, clipping and posterior-mean targets are ours alone."
     x = TASK.sample(TASK.paper_n, 0)[0]
     for threads in sorted({1, os.cpu_count()}):
         torch.set_num_threads(threads)
-        what = f"{STEPS} steps of preset laptop, {threads} thread(s): textbook loop, fp32 -> Run, bf16 and exact targets"
+        what = f"{STEPS} steps of preset laptop, {threads} thread(s): textbook loop, fp32 -> Run, bf16 and posterior-mean targets"
         yield what, textbook(x, "laptop"), ours(x, "laptop")
 
 
@@ -104,7 +104,7 @@ def figure_share_of_the_peak():
     "Convolutions and products of a step, by torch's own count, over its time, over the machine's measured peak."
     torch.set_num_threads(1)
     x = TASK.sample(256, 0)[0]
-    for preset, dtype in (("laptop", torch.bfloat16), ("paper", torch.float32)):   # what each trains in
+    for preset, dtype in (("laptop", torch.bfloat16), ("published", torch.float32)):   # what each trains in
         peak = conv_peak(dtype)
         run = Run(unet(preset, TASK).train(), 10**6)
         with FlopCounterMode(display=False) as count: run.advance(x)
