@@ -106,7 +106,7 @@ def check_range(
     low, high = x.nan_to_num(0., 0., 0.).aminmax()
     if high > 1.5 or low < -1.5:
         raise ValueError(f"images must be in [-1,1], got [{low:.3g}, {high:.3g}]; for 0..255 use x/127.5 - 1")
-    if 0 <= low < .3 and high - low > 1e-3 and not _RANGE_KNOWN.get():   # drawn tasks in 0..1 go below .3
+    if 0 <= low < .3 and high - low > 1e-3 and not _RANGE_KNOWN.get():   # scenes in 0..1 go below .3
         msg = f"images must be in [-1,1], but none of {len(x)} goes below {low:.3g}; for 0..1 use 2*x - 1, " \
               'for a model\'s pale samples measure them inside "with range_known():"'
         if len(x) >= 8: raise ValueError(msg)

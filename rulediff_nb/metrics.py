@@ -143,9 +143,9 @@ def real_images(
 # %% ../nbs/03_metrics.ipynb #178a033b
 def gap(
     e:Tensor,             # rule_error of the images
-    y:Tensor,             # their yield
+    y:Tensor,             # their readable share
     e0:Tensor,            # rule_error of the floor
-    y0:Tensor,            # its yield
+    y0:Tensor,            # its readable share
     chance:Tensor,        # rule_error at chance
 )->Tensor:                # 0: as good as the data, 1: as if there were no rule; not clipped
     "rule_gap; an unreadable image counts as chance."

@@ -19,7 +19,7 @@ def test_ruff_is_silent():
 
 @pytest.mark.parametrize("name,text", [
     ("rulediff_nb/x.py", "import os\n"), ("rulediff_nb/x.py", "def f(): return y\n"), ("rulediff_nb/x.py", "def f(a=[]): return a\n"),
-    ("rulediff_nb/x.py", "from torch import *\n"), ("tests/x.py", "x = 1 \n"), ("tests/x.py", f"x = '{'x'*140}'\n")])
+    ("rulediff_nb/x.py", "from torch import *\n"), ("tests/x.py", "x = 1 \n"), ("tests/x.py", f"x = '{'x'*150}'\n")])
 def test_a_fault_is_seen(name, text): assert ruff("--stdin-filename", name, "-", text=text).returncode == 1
 
 

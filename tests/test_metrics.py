@@ -187,7 +187,7 @@ def test_resamples_are_computed_like_single_sets():
         assert all(torch.allclose(one[k], together[k][i], equal_nan=True) for k in one)
 
 
-samples = st.lists(st.integers(0, 8), min_size=1, max_size=25)   # with many priors
+samples = st.lists(st.integers(0, 8), min_size=1, max_size=25)   # with many ties
 
 
 @given(samples, samples)
