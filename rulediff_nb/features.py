@@ -149,7 +149,7 @@ class Layout(NamedTuple):
     spread:Tensor         # (p,) their standard deviation
     shapes:tuple[type,...] # `Rect` or `Oval` per object
     owner:Tensor          # (m,) int64: which object each shape parameter belongs to
-    nuisance:Tensor          # (q,m): how each freedom beyond the task moves the shape parameters
+    nuisance:Tensor       # (q,m): how each freedom beyond the task moves the shape parameters
     ink:Tensor            # (k+1,3) expected absorption 1 - rgb, the background's last
     known:bool            # whether the colours are known
     lengths:tuple[bool,...] # which of the fitted fields are lengths that cannot pass zero
@@ -505,7 +505,7 @@ TINT = .15                      # acceptance threshold: largest difference from 
 def off_colour(
     task:Task,  # the task
     rgb:Tensor, # (n,k,3) one colour per object
-)->Tensor:      # (n,k) how far beyond its range in the palette, in thresholds: 1 is refused
+)->Tensor:      # (n,k) how far beyond its range in the palette, as a share of the threshold: 1 is refused
     "Warm and cool objects by their hue, grey ones by their chroma, however dark or pale they are; known colours by all they are."
     if task.palette == 'fixed': return (rgb - 1 + layout(task).ink[:-1].to(rgb)).abs().amax(2)/TINT
     hsv, out = rgb_to_hsv(rgb.clamp(0, 1)), []

@@ -159,7 +159,7 @@ class Task:
             raise ValueError(f"palette must be 'random' or 'fixed', got {self.palette!r}")
 
     def with_(self,
-        **changes, # fields of the task, such as palette='fixed'
+        **changes, # fields of the task, such as palette='random'
     )->'Task':     # a new task
         "The same task with some fields changed."
         return replace(self, **changes)
@@ -616,7 +616,7 @@ TASKS = {t.name: t for t in (SunShadow(), SunShadow(heights='free'), Perspective
 
 def get_task(
     name:str|Task,  # a key of `TASKS`, or a task
-    **changes,      # fields to change, such as size=64, palette='fixed'
+    **changes,      # fields to change, such as size=64, palette='random'
 )->Task:            # the task
     "Look a task up by name; ValueError lists the known ones."
     if isinstance(name, Task): return name.with_(**changes)

@@ -24,7 +24,7 @@ def one_thread():
 
 def read(name, n=32, seed=0, change=lambda x: x, **kw):
     "A task, its factors, and what the ruler says."
-    task = get_task(name, **kw)
+    task = get_task(name, **(dict(palette="random") | kw))
     x, f = task.sample(n, seed)
     return task, f, task.features(to_8bit(change(x)))
 
@@ -80,7 +80,7 @@ def test_other_sizes(name, size):
 
 @names
 def test_half_precision_and_double_agree(name):
-    task = get_task(name)
+    task = get_task(name, palette="random")
     x, _ = task.sample(16, 1)
     a, b = task.features(x), task.features(x.double())
     assert getattr(b, task.length).dtype == torch.float64 and task.features(x.half())[0].dtype == torch.float32
@@ -91,7 +91,7 @@ def test_half_precision_and_double_agree(name):
 # a row is its own
 @names
 def test_rows_do_not_depend_on_the_batch(name):
-    task = get_task(name)
+    task = get_task(name, palette="random")
     x = to_8bit(task.sample(64, 5)[0])
     want = task.features(x)
     for n in (1, 7):
@@ -108,7 +108,7 @@ def test_chunks_change_nothing():
 
 @names
 def test_a_bad_image_hurts_no_other(name):
-    task = get_task(name)
+    task = get_task(name, palette="random")
     x = to_8bit(task.sample(8, 5)[0])
     hurt = x.clone()
     hurt[3, 0, 2, 2], hurt[4, 1, 2, 2] = math.nan, math.inf
@@ -120,7 +120,7 @@ def test_a_bad_image_hurts_no_other(name):
 
 @names
 def test_none(name):
-    task = get_task(name)
+    task = get_task(name, palette="random")
     ft = task.features(torch.zeros(0, 3, 32, 32))
     assert all(len(v) == 0 for v in ft) and ft.rgb.shape == (0, len(task.colours), 3)
 
@@ -253,7 +253,7 @@ def check_slopes(shape, cover, slopes, eps=1e-6):
 
 @names
 def test_gradient(name):
-    task = get_task(name)
+    task = get_task(name, palette="random")
     x, _ = task.sample(8, 2)
     off = task.features(x)
     ft = task.features(x.requires_grad_())
