@@ -35,7 +35,7 @@ from rulediff_nb.metrics import (
 from rulediff_nb.tasks import TASKS, get_task
 
 torch.set_num_threads(1)
-SQ = get_task("two_squares")
+SQ = get_task("two_squares", palette="random")
 N, DRAWS = 128, 200
 FRESH, FACTORS = SQ.sample(N, 77)
 TRAIN = SQ.sample(300, 3)[0]
@@ -409,7 +409,7 @@ def test_permuted_keeps_the_marginal_and_refused_rows():
     g = permuted(SQ, f)
     assert torch.equal(f.readable, g.readable) and torch.equal(f.l1, g.l1) and torch.equal(f.l2[~f.readable], g.l2[~f.readable])
     assert torch.equal(f.l2[f.readable].sort().values, g.l2[f.readable].sort().values) and not torch.equal(f.l2, g.l2)
-    sun = TASKS["sun_shadow_free"]
+    sun = get_task("sun_shadow_free", palette="random")
     f = sun.features(to_8bit(sun.sample(100, 0)[0]))
     g = permuted(sun, f)
     pairs = [sorted(zip(v.l2[v.readable].tolist(), v.side[v.readable].tolist())) for v in (f, g)]
