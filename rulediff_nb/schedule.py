@@ -136,7 +136,7 @@ def noise_schedule(
     prediction:str='v_prediction', # "epsilon", "v_prediction" or "sample"
     betas:str='linear',     # a key of `SCHEDULES`; "cosine" needs no betas
 )->DDPMScheduler:           # the constants in diffusers' own form
-    "Noise timesteps and target of a model; ValueError for what is unknown, and for epsilon where the last timestep holds no signal."
+    "Noise schedule and target of a model; ValueError for what is unknown, and for epsilon where the last timestep holds no signal."
     _check_known('prediction', prediction, PREDICTIONS)
     _check_known('betas', betas, SCHEDULES)
     if betas == 'zero_snr' and prediction == 'epsilon':
@@ -153,7 +153,7 @@ class FiniteSet(nn.Module):
         block:int=2**20, # numbers at a time, about 16 bytes each: 16 MB beside the training set
     ):
         super().__init__()
-        if not len(check_images(x0)): raise ValueError("an posterior-mean target needs at least one training image, got none")
+        if not len(check_images(x0)): raise ValueError("a posterior-mean target needs at least one training image, got none")
         self.block = check_int(block, 'block', 1)
         self.register_buffer('mean', x0.detach().float().mean(0))
         self.register_buffer('abar', abar, persistent=False)

@@ -23,13 +23,13 @@ from rulediff_nb.schedule import (
 
 torch.set_num_threads(1)
 PAIRS = [(k, p) for k in SCHEDULES for p in PREDICTIONS if (k, p) != ("zero_snr", "epsilon")]
-pairs = pytest.mark.parametrize("kind,prediction", PAIRS)
+pairs = pytest.mark.parametrize("betas,prediction", PAIRS)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
-every_kind = pytest.mark.parametrize("kind", SCHEDULES)
+every_schedule = pytest.mark.parametrize("betas", SCHEDULES)
 FULL = torch.arange(1000)
 
 
-def abar_of(kind="linear", T=1000): return noise_schedule(T, betas=kind).alphas_cumprod
+def abar_of(betas="linear", T=1000): return noise_schedule(T, betas=betas).alphas_cumprod
 
 
 def scenes(n, seed=0, size=8, dtype=torch.float32):
@@ -42,33 +42,33 @@ def scenes(n, seed=0, size=8, dtype=torch.float32):
 def cos2(u): return math.cos((u + .008)/1.008*math.pi/2)**2
 
 
-def formula(kind, T):
+def formula(betas, T):
     "abar, timestep by timestep in plain floats."
     out, a = [], 1.
     for i in range(T):
-        a *= 1 - (min(1 - cos2((i + 1)/T)/cos2(i/T), .999) if kind == "cosine" else 1e-4 + (2e-2 - 1e-4)*i/(T - 1))
+        a *= 1 - (min(1 - cos2((i + 1)/T)/cos2(i/T), .999) if betas == "cosine" else 1e-4 + (2e-2 - 1e-4)*i/(T - 1))
         out.append(a)
-    if kind == "zero_snr":
+    if betas == "zero_snr":
         first, last = math.sqrt(out[0]), math.sqrt(out[-1])
         out = [((math.sqrt(v) - last)*first/(first - last))**2 for v in out]
     return torch.tensor(out, dtype=torch.float64)
 
 
-def constants_off(kind, T, abar=None): return (formula(kind, T) - (abar_of(kind, T) if abar is None else abar)).abs().max().item()
+def constants_off(betas, T, abar=None): return (formula(betas, T) - (abar_of(betas, T) if abar is None else abar)).abs().max().item()
 
 
 @pytest.mark.parametrize("T", [2, 3, 50, 1000])
-@every_kind
-def test_constants_are_the_published_formulas(kind, T):
-    assert constants_off(kind, T) < 5e-6   # float32, which loses digits where it subtracts the last amplitude
-    s = noise_schedule(T, betas=kind)
+@every_schedule
+def test_constants_are_the_published_formulas(betas, T):
+    assert constants_off(betas, T) < 5e-6   # float32, which loses digits where it subtracts the last amplitude
+    s = noise_schedule(T, betas=betas)
     assert len(s.alphas_cumprod) == T and s.config.num_train_timesteps == T and (s.alphas_cumprod.diff() < 0).all()
-    assert (s.alphas_cumprod[-1] == 0) == (kind == "zero_snr")
+    assert (s.alphas_cumprod[-1] == 0) == (betas == "zero_snr")
 
 
-def against_diffusers(kind, prediction, seed):
+def against_diffusers(betas, prediction, seed):
     "Largest differences of noise, velocity, implied image and ratio from diffusers' own."
-    s = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, prediction_type=prediction, clip_sample=False, **SCHEDULES[kind])
+    s = DDPMScheduler(beta_start=1e-4, beta_end=2e-2, prediction_type=prediction, clip_sample=False, **SCHEDULES[betas])
     a, k = s.alphas_cumprod, torch.randint(999, (32,), generator=torch.Generator().manual_seed(seed)).sort().values
     x0, eps, answer = scenes(32, seed)
     xt = own.add_noise(x0, k, eps, a)
@@ -88,8 +88,8 @@ def usual(s, k, prediction):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pairs
-def test_the_same_numbers_as_diffusers(kind, prediction, seed):
-    off = against_diffusers(kind, prediction, seed)
+def test_the_same_numbers_as_diffusers(betas, prediction, seed):
+    off = against_diffusers(betas, prediction, seed)
     assert max(off.values()) < 1e-5, off
 
 
@@ -103,16 +103,16 @@ def test_the_scheduler_is_diffusers_own():
 
 @pytest.mark.parametrize("T", [2, 1000])
 @pairs
-def test_a_target_gives_back_both_unknowns(kind, prediction, T):
-    a, t = abar_of(kind, T).double(), torch.arange(T)
+def test_a_target_gives_back_both_unknowns(betas, prediction, T):
+    a, t = abar_of(betas, T).double(), torch.arange(T)
     x0, eps, _ = scenes(T, dtype=torch.float64)
     got = solve(add_noise(x0, t, eps, a), target(x0, eps, t, a, prediction), t, a, prediction)
     assert (got.x0 - x0).abs().max() < 1e-9 and (got.eps - eps).abs().max() < 1e-9
 
 
 @pairs
-def test_a_wrong_answer_implies_a_pair_that_makes_xt(kind, prediction):
-    a = abar_of(kind).double()
+def test_a_wrong_answer_implies_a_pair_that_makes_xt(betas, prediction):
+    a = abar_of(betas).double()
     xt, answer, _ = scenes(1000, dtype=torch.float64)
     got = solve(xt, answer, FULL, a, prediction)
     assert (add_noise(got.x0, FULL, got.eps, a) - xt).abs().max() < 1e-9
@@ -211,8 +211,8 @@ def test_an_unknown_target_is_refused(name):
 
 
 @pytest.mark.parametrize("change,error,said", [
-    (dict(prediction="noise"), ValueError, "prediction must be one of"), (dict(kind="sigmoid"), ValueError, "betas must be one of"),
-    (dict(prediction="epsilon", kind="zero_snr"), ValueError, "holds no signal"),
+    (dict(prediction="noise"), ValueError, "prediction must be one of"), (dict(betas="sigmoid"), ValueError, "betas must be one of"),
+    (dict(prediction="epsilon", betas="zero_snr"), ValueError, "holds no signal"),
     (dict(T=1), ValueError, "T must be in"), (dict(T=1e3), TypeError, "T must be a whole number")])
 def test_a_schedule_that_cannot_be_is_refused(change, error, said):
     with pytest.raises(error, match=said): noise_schedule(**change)
@@ -231,9 +231,9 @@ def test_checks_do_not_break_a_compiled_graph():
 # ---------------------------------------------------------------- weights and the best test
 
 @pytest.mark.parametrize("gamma", [1., 5., 20.])
-@every_kind
-def test_the_weights_are_one_weight_on_the_image(kind, gamma):
-    a = abar_of(kind)
+@every_schedule
+def test_the_weights_are_one_weight_on_the_image(betas, gamma):
+    a = abar_of(betas)
     r = snr(a.double())
     factor = dict(epsilon=r, v_prediction=r + 1, sample=torch.ones_like(r))
     for prediction in PREDICTIONS:
@@ -281,11 +281,11 @@ def test_best_accuracy_of_many_pairs():
 
 # ---------------------------------------------------------------- a broken formula is seen
 
-@pytest.mark.parametrize("kind,change", [
-    ("linear", dict(kind="cosine")), ("cosine", dict(kind="linear")), ("zero_snr", dict(kind="linear")), ("linear", dict(kind="zero_snr")),
+@pytest.mark.parametrize("betas,change", [
+    ("linear", dict(betas="cosine")), ("cosine", dict(betas="linear")), ("zero_snr", dict(betas="linear")), ("linear", dict(betas="zero_snr")),
     ("linear", dict(beta_end=.0201)), ("linear", dict(beta_start=2e-4)), ("zero_snr", dict(beta_end=.019))])
-def test_other_constants_are_seen(kind, change):
-    assert constants_off(kind, 1000, noise_schedule(**(dict(kind=kind) | change)).alphas_cumprod) > 1e-5
+def test_other_constants_are_seen(betas, change):
+    assert constants_off(betas, 1000, noise_schedule(**(dict(betas=betas) | change)).alphas_cumprod) > 1e-5
 
 
 def scaled(f, k=1.001): return lambda *a, **kw: f(*a, **kw)*k
