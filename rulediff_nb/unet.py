@@ -40,11 +40,11 @@ class Recipe:
     beta_end:float = 2e-2               # last beta
     betas:str = 'linear'                # a key of `SCHEDULES`
     stratified:bool = False             # whether a batch spreads its timesteps evenly over their shares
-    noise_mean:float = 0.               # mean of ln sigma over the levels that are drawn (Karras et al. 2022, table 1)
-    noise_std:float = 0.                # its standard deviation; 0: every level equally often
+    noise_mean:float = 0.               # mean of ln sigma over the timesteps that are drawn (Karras et al. 2022, table 1)
+    noise_std:float = 0.                # its standard deviation; 0: every timestep equally often
     prediction:str = 'v_prediction'     # "epsilon", "v_prediction" or "sample"
-    posterior_mean:bool = False           # True: towards the mean of all training images that may lie behind xt
-    sigma_data:float = .3                 # root mean square of x0 - 1, for the preconditioning of v; 0: none
+    posterior_mean:bool = False         # True: towards the mean of all training images that may lie behind xt
+    sigma_data:float = .3               # root mean square of x0 - 1, for the preconditioning of v; 0: none
     batch:int = 32                      # images per step
     optimizer:str = 'muon'              # a key of `OPTIMIZERS`
     lr:float = 1e-2                     # peak learning rate
