@@ -1,11 +1,12 @@
-# make demo | test | slow | course | bench | certificate | recipes | curves | sampling | classifiers | guidance | readme | clean     (PYTHON=python3.12 make … picks another Python)
+# make demo | test | slow | wheelnbs | course | bench | study NAME=… | gpu | readme | clean     (PYTHON=python3.12 make … picks another Python)
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export OMP_WAIT_POLICY ?= PASSIVE
 TESTENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MPLBACKEND=agg
 NB_WORKERS ?= 2
 .NOTPARALLEL:
-.PHONY: demo test sync notebooks slow course bench certificate recipes curves sampling classifiers guidance readme export clean
+.PHONY: demo test sync notebooks slow wheelnbs course bench study gpu readme export clean
 
 demo: .venv/installed
 	$(BIN)/rulediff demo
@@ -23,29 +24,26 @@ slow: .venv/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/nbdev-test --flags slow --n-workers 0 --cell-timeout 7200 --timing --do-print
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --timeout 7200
 
+# Every notebook from the wheel alone, in an empty folder and a real kernel; a part of `slow`.
+wheelnbs: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --timeout 7200 tests/test_wheelnbs.py
+
 course: .venv/installed-dev
 	cd nbs && ../$(BIN)/jupyter lab
 
 bench: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench
 
-certificate: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python tests/certify.py
+# Measures what is missing of a study and puts its table into the package; without NAME it lists the studies.
+WORKERS ?= 2
+study: .venv/installed-dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/rulediff study $(if $(NAME),$(NAME) --workers $(WORKERS) --ship)
 
-recipes: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/recipes.py
-
-curves: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/curves.py
-
-sampling: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/sampling.py
-
-classifiers: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/classify.py --weights rulediff_nb/weights/classifiers
-
-guidance: .venv/installed-dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/guidance.py
+# The prepared run for a machine that has an accelerator for ten minutes: it stops by itself.
+BUDGET ?= 540
+OUT ?= runs/gpu
+gpu: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/rulediff study gpu --budget $(BUDGET) --out $(OUT)
 
 readme: .venv/installed-dev
 	$(BIN)/python tests/make_readme.py

@@ -1,0 +1,406 @@
+"A study trains once, measures once, survives a kill, and measures again what rests on something else; on processes or on a cluster."
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tree import clean_env
+
+from rulediff_nb import study as module
+from rulediff_nb import table
+from rulediff_nb.store import StoreError, load_tensors
+from rulediff_nb.study import (
+    Denoiser,
+    Shipped,
+    chosen,
+    engine,
+    grid,
+    pace,
+    row_inputs,
+    row_key,
+    row_states,
+    ruler_mark,
+    run_study,
+    ship,
+)
+from rulediff_nb.table import STUDIES, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, summary
+from rulediff_nb.unet import unet
+
+TINY = dict(channels=(16, 16), attention=(False, False), head_dim=8, batch=8)
+CPU = torch.device("cpu")
+
+
+class Toss(NamedTuple):
+    coin: str
+    seed: int
+
+
+def tosses(quick): return [Toss(c, s) for s in range(1 if quick else 2) for c in ("fair", "bent")]
+def share(row, work): return dict(share=row.seed + (.5 if row.coin == "fair" else .7))
+
+
+TOY = Study("toy", "is the coin fair?", tosses, share, keys=("coin",), shown=("share",))
+
+
+def states(*args, **more): return [d.state for d in run_study(*args, workers=1, **more)]
+
+
+def plan(**more): return grid(["two_squares", "two_circles"], changes=[TINY], steps=[2], n=32, images=16, **more)
+
+
+def measures(folder):
+    "What must not depend on where and when a row was measured."
+    df = results("grid", folder)[["task", "label", "seed", "steps", "mse_50", "mse_600", "readable", "rule_gap"]]
+    return df.sort_values(["task", "seed"]).reset_index(drop=True)
+
+
+def same(a, b): return pd.testing.assert_frame_equal(measures(a), measures(b), rtol=1e-5)
+
+
+# ---- rows
+
+def test_a_row_is_measured_once(tmp_path):
+    assert states(TOY, tmp_path) == ["measured"]*4 and states(TOY, tmp_path) == ["kept"]*4
+    assert results("toy", tmp_path).share.tolist() == [.5, .7, 1.5, 1.7]
+
+
+@pytest.mark.parametrize("change", [
+    dict(version=2), dict(plan=lambda quick: [r._replace(seed=r.seed + 10) for r in tosses(quick)])])
+def test_a_row_is_measured_again_where_study_or_plan_changed(change, tmp_path):
+    states(TOY, tmp_path)
+    assert states(dataclasses.replace(TOY, **change), tmp_path) == ["measured"]*4
+
+
+def test_a_row_is_measured_again_by_another_ruler(tmp_path, monkeypatch):
+    states(TOY, tmp_path)
+    monkeypatch.setattr(module, "ruler_mark", lambda: "another")
+    assert states(TOY, tmp_path) == ["measured"]*4
+
+
+def test_the_ruler_is_what_it_reads_and_no_more(monkeypatch):
+    ruler_mark.cache_clear()
+    now = ruler_mark()
+    plain = module.ruler_readings
+    try:
+        ruler_mark.cache_clear()
+        monkeypatch.setattr(module, "ruler_readings", lambda row: {k: v*(1 + 1e-5) for k, v in plain(row).items()})
+        assert ruler_mark() == now   # another machine's last digits
+        ruler_mark.cache_clear()
+        monkeypatch.setattr(module, "ruler_readings", lambda row: {k: v*1.02 for k, v in plain(row).items()})
+        assert ruler_mark() != now
+    finally: ruler_mark.cache_clear()
+
+
+def test_a_threshold_of_the_ruler_changes_its_mark(monkeypatch):
+    ruler_mark.cache_clear()
+    now = ruler_mark()
+    try:
+        ruler_mark.cache_clear()
+        monkeypatch.setattr("rulediff_nb.features.LEFT", .005)
+        assert ruler_mark() != now
+    finally: ruler_mark.cache_clear()
+
+
+def test_another_plan_leaves_the_other_rows(tmp_path):
+    states(TOY, tmp_path)
+    longer = dataclasses.replace(TOY, plan=lambda quick: [*tosses(quick), Toss("fair", 9)])
+    assert states(longer, tmp_path) == ["kept"]*4 + ["measured"]
+
+
+def test_a_failing_row_is_named_and_the_others_go_on(tmp_path):
+    def fragile(row, work): return dict(share=1/(row.seed - 1))
+    done = list(run_study(dataclasses.replace(TOY, measure=fragile), tmp_path, workers=1))
+    assert [d.state for d in done] == ["measured"]*2 + ["failed"]*2 and "ZeroDivisionError" in done[-1].error
+    assert len(results("toy", tmp_path)) == 2
+    assert states(TOY, tmp_path) == ["kept"]*2 + ["measured"]*2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "two_circles", "images": 16}', "\0"*40])
+def test_a_damaged_result_is_measured_again(text, tmp_path):
+    states(TOY, tmp_path)
+    file = tmp_path/row_key(TOY, Toss("fair", 0))/"result.json"
+    file.write_text(text)
+    assert sorted(states(TOY, tmp_path)) == ["kept"]*3 + ["measured"]
+    assert json.loads(file.read_text())["lines"] == [dict(share=.5)]
+
+
+def test_several_lines_and_pictures_of_a_row(tmp_path):
+    def many(row, work):
+        for k in range(3): yield dict(part=k, share=k/7)
+        yield {"part": 9, f"{row.coin}-{row.seed}": np.full((1, 2, 2, 3), 7, np.uint8)}
+    states(dataclasses.replace(TOY, measure=many), tmp_path)
+    df = results("toy", tmp_path)
+    assert len(df) == 16 and df.part.tolist() == [0, 1, 2, 9]*4 and df.share[1] == .142857
+    assert sorted(arrays("toy", tmp_path)) == ["bent-0", "bent-1", "fair-0", "fair-1"]
+
+
+def test_only_what_is_asked_for(tmp_path):
+    assert states(TOY, tmp_path, only=["coin=bent", "seed=1,7"]) == ["measured"] and states(TOY, tmp_path, only=["fair"]) == ["measured"]*2
+    with pytest.raises(ValueError, match="no row fits coin=round; the first is coin='fair'"): chosen(tosses(False), ["coin=round"])
+
+
+def test_a_budget_that_is_spent_leaves_rows_for_later(tmp_path):
+    assert states(TOY, tmp_path, budget=0.) == ["late"]*4 and states(TOY, tmp_path) == ["measured"]*4
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    run = run_study(TOY, tmp_path, workers=1)
+    next(run)
+    with pytest.raises(StoreError, match="another run is at work"): list(run_study(TOY, tmp_path, workers=1))
+    run.close()
+    assert "measured" in states(TOY, tmp_path)
+
+
+def test_threads_are_as_before(tmp_path):
+    before = torch.get_num_threads()
+    states(TOY, tmp_path, threads=1)
+    assert torch.get_num_threads() == before
+
+
+# ---- provenance and tables
+
+def test_each_line_says_where_it_comes_from(tmp_path):
+    states(TOY, tmp_path)
+    df, said = results("toy", tmp_path), about("toy", tmp_path)
+    assert list(df)[-4:] == ["seconds", "weights", "inputs", "provenance"] and len(set(df.inputs)) == 4
+    here = said["provenance"][df.provenance[0]]
+    assert {"hardware", "device", "threads", "python", "versions", "revision", "system"} <= set(here)
+    assert here["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and "pandas" in here["versions"]
+    assert said["lines"] == 4 and said["ruler"] == ruler_mark() and said["command"] == "rulediff study toy"
+
+
+def test_a_table_ships_whole_or_not_at_all(tmp_path):
+    states(TOY, tmp_path/"run"), ship(TOY, tmp_path/"run", tmp_path/"shelf")
+    assert len(results("toy", tmp_path/"shelf")) == 4
+    states(TOY, tmp_path/"quick", quick=True)
+    with pytest.raises(ValueError, match="lacks 2 rows"): ship(TOY, tmp_path/"quick", tmp_path/"shelf")
+    other = dataclasses.replace(TOY, plan=lambda quick: [Toss("odd", 3)] if quick else tosses(quick))
+    states(other, tmp_path/"other", quick=True)
+    with pytest.raises(ValueError, match="quick form"): ship(other, tmp_path/"other", tmp_path/"shelf")
+    assert len(results("toy", tmp_path/"shelf")) == 4
+
+
+def test_rows_that_ship_are_not_measured_again(tmp_path, monkeypatch):
+    states(TOY, tmp_path/"run"), ship(TOY, tmp_path/"run", tmp_path/"shelf")
+    monkeypatch.setattr(module, "results", lambda name, folder=None: results(name, tmp_path/"shelf"))
+    assert states(TOY, tmp_path/"new") == ["shipped"]*4 and states(TOY, tmp_path/"own", shipped=False) == ["measured"]*4
+    assert [d.state for d in row_states(TOY, tosses(False))] == ["shipped"]*4
+    assert row_states(dataclasses.replace(TOY, version=3), tosses(False)) == [None]*4
+
+
+def test_hashes_that_look_like_numbers_stay_text(tmp_path):
+    (tmp_path/"x.csv").write_text("a,weights,inputs,provenance\n1,123456789012,1e5,00000012\n2,,0012,7\n")
+    df = read_table(tmp_path/"x.csv")
+    assert df.weights[0] == "123456789012" and df.inputs.tolist() == ["1e5", "0012"] and df.provenance[0] == "00000012"
+    assert pd.isna(df.weights[1])
+
+
+def test_an_unknown_table_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'guidance'"): results("guidence")
+    with pytest.raises(ValueError, match="no study 'guidence', did you mean 'guidance'"): find_study("guidence")
+    with pytest.raises(ValueError, match="lower case"): register_study(dataclasses.replace(TOY, name="My study"))
+
+
+def test_a_summary_keeps_seeds_and_range():
+    df = pd.DataFrame(dict(m=["a", "a", "b"], v=[1., 3., np.nan]))
+    got = summary(df, ["m"], ["v"])
+    assert got.seeds.tolist() == [2, 1] and got.v.tolist()[0] == 2. and got.v_min[0] == 1. and got.v_max[0] == 3. and pd.isna(got.v[1])
+
+
+@pytest.mark.parametrize("name", table.table_names())
+def test_every_table_is_whole(name):
+    from rulediff_nb.store import sha256
+    path, said, df = table.RESULTS/f"{name}.csv", about(name), results(name)
+    assert sha256(path.read_bytes()) == said["sha256"] and said["lines"] == len(df) and said["columns"] == list(df)
+    assert set(df.provenance) == set(said["provenance"]) and path.stat().st_size < 200_000
+    assert df.inputs.notna().all()
+
+
+def test_every_study_is_complete():
+    for name, s in studies().items():
+        if not s.public: continue
+        rows = s.plan(False)
+        assert len({row_key(s, r) for r in rows}) == len(rows), name
+        if name in OPEN: continue
+        missing = [r for r, d in zip(rows, row_states(s, rows)) if d is None]
+        assert not missing, f"{name}: {len(missing)} of {len(rows)} rows are missing, such as {missing[0]}"
+        assert set(results(name).inputs) == {row_inputs(s, r) for r in rows}, f"{name}: the table holds rows that are not in the plan"
+
+
+OPEN = {"gpu"}   # needs an accelerator: its table ships when one was at hand
+
+
+def test_quick_forms_are_short_and_of_one_type():
+    for name, s in studies().items():
+        rows = s.plan(True)
+        assert 1 <= len(rows) <= 12 and len({type(r) for r in rows}) == 1, name
+        assert s.keys and s.shown and s.title, name
+
+
+@pytest.mark.parametrize("name", sorted(k for k, s in studies().items() if s.public))
+def test_the_quick_form_runs(name, tmp_path, record):
+    start = time.perf_counter()
+    done = list(run_study(name, tmp_path/name, quick=True, workers=1))
+    assert done and not [d.error for d in done if d.state == "failed"], [d.error for d in done]
+    df = read_table(tmp_path/name/f"{name}.csv")
+    if (table.RESULTS/f"{name}.csv").exists():
+        lost = set(results(name)) - set(df)
+        assert not lost - OLD.get(name, set()), f"columns of the stored table that the study does not measure: {sorted(lost)}"
+    record(f"rulediff study {name} --quick", f"{time.perf_counter() - start:.1f} s")
+
+
+OLD = {"recipes": {"cpu_seconds", "loss"}}   # columns of lines that were measured before there was one engine
+
+
+# ---- trainings
+
+def test_a_grid_twice_trains_once(tmp_path, monkeypatch):
+    assert sorted(states(plan(), tmp_path/"a")) == ["measured"]*2 + ["trained"]*2
+    monkeypatch.setattr(module, "train_steps", lambda *a, **k: pytest.fail("trained again"))
+    assert states(plan(), tmp_path/"a") == ["kept"]*2
+    assert states(plan(), tmp_path/"b") == ["measured"]*2   # another folder, the same trainings beside it
+    same(tmp_path/"a", tmp_path/"b")
+
+
+def test_a_row_is_measured_again_with_other_weights(tmp_path):
+    one = grid(["two_squares"], changes=[TINY], steps=[2], n=32, images=16)
+    states(one, tmp_path/"a")
+    row = one.plan(False)[0]
+    file = row.denoiser()._file(tmp_path/"trained")
+    kept, meta = load_tensors(file)
+    module.save_tensors(file, {k: v + .01 if v.is_floating_point() else v for k, v in kept.items()}, meta)
+    assert states(one, tmp_path/"a") == ["measured"]
+    for f in file.parent.iterdir(): f.unlink()
+    assert states(one, tmp_path/"a") == ["kept"]   # weights that are not at hand are taken at the row's word
+
+
+def test_a_grids_rows_are_all_combinations_seeds_last():
+    s = grid(["two_circles", "two_squares"], ["fixed", "random"], ["laptop", "published"], [{}, dict(lr=1e-3)], [10, 20], [0, 1])
+    rows = s.plan(False)
+    assert len(set(rows)) == len({row_key(s, r) for r in rows}) == 64 and [r.seed for r in rows] == [0]*32 + [1]*32
+
+
+def test_a_trainings_key_is_its_own():
+    a = Denoiser("two_circles")
+    others = [a._replace(**c) for c in (dict(steps=7), dict(seed=3), dict(n=5), dict(palette="random"), dict(changes=(("lr", .1),)))]
+    assert len({j.key for j in [a, *others]}) == 6
+    r = Denoiser("two_circles", "random", changes=(("lr", .5),)).recipe()
+    assert r.lr == .5 and r.task.palette == "random" and r.preset == "laptop"
+
+
+@pytest.mark.parametrize("args,word", [
+    (dict(tasks=["moon"]), "moon"), (dict(palettes=["sepia"]), "sepia"), (dict(presets=["desktop"]), "desktop"),
+    (dict(changes=[dict(colour=1)]), "colour"), (dict(steps=[0]), "steps"), (dict(seeds=[-1]), "seed"), (dict(n=-1), "n "),
+    (dict(images=0), "images")])
+def test_a_row_that_cannot_be_is_refused_before_any_work(args, word):
+    with pytest.raises((ValueError, TypeError), match=word): grid(**(dict(tasks=["two_circles"]) | args))
+
+
+def test_marks_are_those_of_one_run(tmp_path):
+    whole = Denoiser("two_squares", changes=tuple(TINY.items()), steps=6, n=32, marks=(2, 5))
+    list(whole.train(tmp_path/"a", CPU))
+    list(whole._replace(marks=()).train(tmp_path/"b", CPU))
+    assert whole.weights(tmp_path/"a") != whole._replace(at=2).weights(tmp_path/"a") != ""
+    a, b = (load_tensors(whole._file(tmp_path/k))[0] for k in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)   # leaving a run and going on changes no bit
+    m = whole._replace(at=2).load(tmp_path/"a", CPU)
+    assert m.manifest["step"] == 2 and not m.training
+    whole._file(tmp_path/"a", 2).unlink()
+    with pytest.raises(StoreError, match="beyond 2"): list(whole.train(tmp_path/"a", CPU))
+
+
+def test_shipped_weights_are_named_by_their_hash():
+    need = Shipped("two_circles")
+    assert need.weights() in need.key and list(need.train(Path("."), CPU)) == [] and need.load(None, CPU).recipe.task.name == "two_circles"
+
+
+def test_processes_give_the_rows_of_one(tmp_path):
+    for k in (1, 2): list(run_study(plan(), tmp_path/str(k)/"g", workers=k))
+    same(tmp_path/"1/g", tmp_path/"2/g")
+
+
+def test_a_dask_cluster_of_two_workers_gives_the_same_rows(tmp_path):
+    pytest.importorskip("distributed")
+    list(run_study(plan(), tmp_path/"a/g", workers=1)), list(run_study(plan(), tmp_path/"b/g", workers=2, name="dask"))
+    same(tmp_path/"a/g", tmp_path/"b/g")
+
+
+def test_a_running_dask_cluster_is_named_by_its_address(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as c:
+        done = list(run_study(plan(), tmp_path/"g", workers=2, name="dask", address=c.scheduler_address))
+    assert sorted(d.state for d in done) == ["measured"]*2 + ["trained"]*2
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_rows(tmp_path):
+    pytest.importorskip("ray")
+    list(run_study(plan(), tmp_path/"a/g", workers=1)), list(run_study(plan(), tmp_path/"b/g", workers=2, name="ray"))
+    same(tmp_path/"a/g", tmp_path/"b/g")
+
+
+def test_unknown_engines_are_named():
+    with pytest.raises(ValueError, match="loky, dask or ray, got 'slurm'"), engine("slurm"): pass
+
+
+def test_an_engine_that_is_not_installed_says_how(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"rulediff_nb\[ray\]"), engine("ray"): pass
+
+
+CHILD = """
+import sys
+from rulediff_nb.study import grid, run_study
+tiny = dict(channels=(16, 16), attention=(False, False), head_dim=8, batch=8)
+todo = grid(['two_squares'], changes=[tiny], steps=[40], seeds=[0, 1, 2], n=32, images=16)
+for d in run_study(todo, sys.argv[1], workers=1): print(d.state, flush=True)
+"""
+
+
+@pytest.mark.parametrize("wait", [.05, .6])
+def test_a_killed_study_goes_on(wait, tmp_path):
+    p = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path/"a/g")], env=clean_env(), stdout=subprocess.PIPE, text=True)
+    while p.stdout.readline().strip() != "measured": pass   # the first row is done
+    time.sleep(wait)
+    os.kill(p.pid, signal.SIGKILL), p.wait()
+    todo = grid(["two_squares"], changes=[TINY], steps=[40], seeds=[0, 1, 2], n=32, images=16)
+    file = tmp_path/"a/g"/row_key(todo, todo.plan(False)[0])/"result.json"
+    stamp = file.stat().st_mtime_ns
+    assert states(todo, tmp_path/"a/g").count("kept") >= 1 and file.stat().st_mtime_ns == stamp
+    states(todo, tmp_path/"b/g")
+    same(tmp_path/"a/g", tmp_path/"b/g")
+
+
+def test_a_budget_stops_a_training_which_resumes(tmp_path):
+    one = grid(["two_squares"], changes=[TINY], steps=[400], n=32, images=16)
+    assert "late" in states(one, tmp_path/"a/g", budget=2.) and not (tmp_path/"a/g/grid.csv").exists()
+    check = next((tmp_path/"a/trained").glob("*/checkpoint.safetensors"))
+    stands = load_tensors(check)[1]["step"]
+    assert 0 < stands < 400
+    assert states(one, tmp_path/"a/g")[-1] == "measured"
+    states(one, tmp_path/"b/g")
+    same(tmp_path/"a/g", tmp_path/"b/g")
+
+
+def test_the_pace_of_a_wider_network_is_slower():
+    tiny = dict(layers=1, attention=(False, False), head_dim=8, batch=8)
+    narrow, wide = (min(pace(unet("laptop", "two_squares", channels=c, **tiny), 4) for _ in range(2)) for c in ((16, 16), (96, 96)))
+    assert narrow < wide
+
+
+def test_work_knows_what_is_left(tmp_path):
+    seen = []
+    def look(row, work):
+        seen.append(work)
+        return dict(share=0.)
+    states(dataclasses.replace(TOY, measure=look), tmp_path, budget=1e6)
+    assert isinstance(seen[0], Work) and 0 < seen[0].left < 1e6 and seen[0].device.type in ("cpu", "cuda", "mps") and "toy" not in STUDIES
