@@ -6,8 +6,8 @@ Docs: https://rulediff.github.io/rulediff_nb/study.html.md"""
 
 # %% auto #0
 __all__ = ['TIMESTEPS', 'SCORES', 'CURVES', 'RECIPES', 'Denoiser', 'Shipped', 'content_mark', 'Known', 'ruler_readings',
-           'ruler_mark', 'plain', 'row_inputs', 'row_key', 'Done', 'Where', 'provenance_mark', 'engine', 'row_states',
-           'chosen', 'run_study', 'write_table', 'write_run', 'ship', 'denoising_error', 'report_columns',
+           'ruler_mark', 'plain', 'row_inputs', 'row_key', 'Done', 'Where', 'provenance_mark', 'write_table',
+           'write_run', 'engine', 'row_states', 'chosen', 'run_study', 'ship', 'denoising_error', 'report_columns',
            'measure_denoiser', 'Cell', 'grid', 'Mark', 'pace', 'Choice']
 
 # %% ../nbs/08a_study.ipynb #b78672d7
@@ -231,8 +231,8 @@ def row_key(
 # %% ../nbs/08a_study.ipynb #42f789ef
 class Done(NamedTuple):
     "What became of a row."
-    row:NamedTuple   # of the plan
-    state:str        # "measured", "kept" (from an earlier run), "shipped" (it stands in the package), "failed", "late" (no time left)
+    row:NamedTuple   # of the plan; or what was trained for rows
+    state:str        # "trained", "measured", "kept" (from an earlier run), "shipped" (it stands in the package), "failed", "late" (no time left)
     lines:list[dict] # of the table
     error:str = ''   # what went wrong
 
@@ -315,6 +315,14 @@ def _ready(
     except Exception as e: return Done(need, 'failed', [], f'{type(e).__name__}: {e}')
     finally: torch.set_num_threads(threads)
 
+def _stored_row(
+    folder:Path, # of a row
+)->dict|None:    # what its `result.json` says; None where there is none that can be read
+    "A stored result; one that is damaged or of another form counts as missing."
+    try: said = json.loads((folder/'result.json').read_text())
+    except (OSError, ValueError): return None
+    return said if isinstance(said, dict) and {'inputs', 'row', 'lines', 'provenance', 'weights', 'seconds'} <= set(said) else None
+
 def _table_lines(
     said:dict, # what a `result.json` says
 )->list[dict]: # lines of the table, with the engine's own columns
@@ -328,6 +336,56 @@ def provenance_mark(
 )->str:        # 8 hexadecimal digits
     "A short name for where something was measured."
     return content_hash({}, said)[:8]
+
+# %% ../nbs/08a_study.ipynb #tab1e001
+def _csv(
+    lines:list[dict], # of a table
+)->pd.DataFrame:      # with the engine's own columns last
+    "Lines as a table."
+    df = pd.DataFrame(lines)
+    return df[[*(k for k in df if k not in KEPT), *(k for k in KEPT if k in df)]]
+
+def write_table(
+    study:Study,      # whose table it is
+    df:pd.DataFrame,  # its lines
+    said:dict[str,dict], # provenance by its mark
+    folder:str|Path,  # where to
+    pictures:dict[str,np.ndarray]|None=None, # by row
+):
+    "Write NAME.csv, NAME.json and NAME.npz, each whole or not at all."
+    text = df.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode()
+    used = {k: said.get(k, {}) for k in dict.fromkeys(df.provenance)}
+    note = dict(study=study.name, title=study.title, command=f'rulediff study {study.name}', version=study.version, ruler=ruler_mark(),
+                lines=len(df), sha256=sha256(text), columns=list(df), provenance=used)
+    write_atomic(Path(folder)/f'{study.name}.csv', text)
+    write_atomic(Path(folder)/f'{study.name}.json', (json.dumps(note, indent=1) + '\n').encode())
+    if pictures:
+        np.savez_compressed(file := BytesIO(), **pictures)
+        write_atomic(Path(folder)/f'{study.name}.npz', file.getvalue())
+
+def _picture_files(
+    study:Study, out:Path, done:list[Done], # a run
+)->dict[str,np.ndarray]:                    # all pictures of its rows
+    "Pictures that rows measured."
+    found = {}
+    for d in done:
+        path = out/row_key(study, d.row)/'pictures.npz'
+        if path.exists():
+            with np.load(path, allow_pickle=False) as f: found |= {k: f[k] for k in f.files}
+    return found
+
+def write_run(
+    study:Study,     # whose table it is
+    out:Path,        # folder of a run
+    done:list[Done], # what is there of it
+):
+    "Write the table of a run."
+    if not done: return
+    said = about(study.name)['provenance'] if (RESULTS/f'{study.name}.json').exists() else {}
+    for d in done:
+        if row := _stored_row(out/row_key(study, d.row)): said |= {provenance_mark(row['provenance']): row['provenance']}
+    df = _csv([line for d in done for line in d.lines])
+    write_table(study, study.finish(df) if study.finish else df, said, out, _picture_files(study, out, done))
 
 # %% ../nbs/08a_study.ipynb #96c4de19
 @contextmanager
@@ -354,14 +412,6 @@ def engine(
             with joblib.parallel_config('ray'): yield
         finally: ray.shutdown()
     else: yield
-
-def _stored_row(
-    folder:Path, # of a row
-)->dict|None:    # what its `result.json` says; None where there is none that can be read
-    "A stored result; one that is damaged or of another form counts as missing."
-    try: said = json.loads((folder/'result.json').read_text())
-    except (OSError, ValueError): return None
-    return said if isinstance(said, dict) and {'inputs', 'row', 'lines', 'provenance', 'weights', 'seconds'} <= set(said) else None
 
 def _same_weights(
     study:Study, row:NamedTuple, # which row
@@ -442,7 +492,7 @@ def run_study(
     budget:float=math.inf, # seconds after which no row begins, and no training goes on; what is left resumes later
     trained:str|Path='', # folder of trainings; empty: `trained` beside `out`
     shipped:bool=True,   # False: rows of the package's table are measured here all the same
-)->Iterator[Done]:       # rows as they are finished
+)->Iterator[Done]:       # rows, and trainings, as they are finished
     "Run a study, or what is missing of it; its table is renewed after each row. A run that is stopped goes on when it is called again."
     study = find_study(study) if isinstance(study, str) else study
     out = Path(out or f'runs/{study.name}{"-quick"*quick}')
@@ -466,55 +516,6 @@ def run_study(
     finally: lock.release()
 
 # %% ../nbs/08a_study.ipynb #ca0c38f5
-def _csv(
-    lines:list[dict], # of a table
-)->pd.DataFrame:      # with the engine's own columns last
-    "Lines as a table."
-    df = pd.DataFrame(lines)
-    return df[[*(k for k in df if k not in KEPT), *(k for k in KEPT if k in df)]]
-
-def write_table(
-    study:Study,      # whose table it is
-    df:pd.DataFrame,  # its lines
-    said:dict[str,dict], # provenance by its mark
-    folder:str|Path,  # where to
-    pictures:dict[str,np.ndarray]|None=None, # by row
-):
-    "Write NAME.csv, NAME.json and NAME.npz, each whole or not at all."
-    text = df.to_csv(index=False, float_format='%.6g', lineterminator='\n').encode()
-    used = {k: said.get(k, {}) for k in dict.fromkeys(df.provenance)}
-    note = dict(study=study.name, title=study.title, command=f'rulediff study {study.name}', version=study.version, ruler=ruler_mark(),
-                lines=len(df), sha256=sha256(text), columns=list(df), provenance=used)
-    write_atomic(Path(folder)/f'{study.name}.csv', text)
-    write_atomic(Path(folder)/f'{study.name}.json', (json.dumps(note, indent=1) + '\n').encode())
-    if pictures:
-        np.savez_compressed(file := BytesIO(), **pictures)
-        write_atomic(Path(folder)/f'{study.name}.npz', file.getvalue())
-
-def _picture_files(
-    study:Study, out:Path, done:list[Done], # a run
-)->dict[str,np.ndarray]:                    # all pictures of its rows
-    "Pictures that rows measured."
-    found = {}
-    for d in done:
-        path = out/row_key(study, d.row)/'pictures.npz'
-        if path.exists():
-            with np.load(path, allow_pickle=False) as f: found |= {k: f[k] for k in f.files}
-    return found
-
-def write_run(
-    study:Study,     # whose table it is
-    out:Path,        # folder of a run
-    done:list[Done], # what is there of it
-):
-    "Write the table of a run."
-    if not done: return
-    said = about(study.name)['provenance'] if (RESULTS/f'{study.name}.json').exists() else {}
-    for d in done:
-        if row := _stored_row(out/row_key(study, d.row)): said |= {provenance_mark(row['provenance']): row['provenance']}
-    df = _csv([line for d in done for line in d.lines])
-    write_table(study, study.finish(df) if study.finish else df, said, out, _picture_files(study, out, done))
-
 def ship(
     study:Study|str,  # a study, or its name
     out:str|Path='',  # folder of a run; empty: runs/NAME

@@ -51,7 +51,7 @@ class Study:
     public:bool = True              # False: its rows depend on the reader's own options, no table ships
 
 STUDIES:dict[str,Study] = {}
-MODULES = 'certificate', 'sample', 'study', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # they define studies
+MODULES = 'certificate', 'sample', 'study', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # they define studies, and are imported only when a name is looked up
 
 def register_study(
     study:Study, # a new one, or one of the same name whose definition has changed
@@ -164,7 +164,7 @@ def find_study(
     name:str, # a study's name
 )->Study:     # its definition
     "Look a study up, importing what defines it; ValueError names the nearest."
-    studies()
+    if name not in STUDIES: studies()
     if name not in STUDIES: raise ValueError(str(_unknown(name, STUDIES)).replace('no table', 'no study'))
     return STUDIES[name]
 
