@@ -1,5 +1,9 @@
-"Contrastive sets are fair, classifiers learn from them, resume, travel and refuse what they were not made for."
+"Contrastive sets are fair, classifiers learn from them, resume, travel and refuse what they were not made for; their studies are the stored ones."
+import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,15 +12,22 @@ import torch.nn.functional as F
 import rulediff_nb.features  # noqa: F401 (gives the tasks their ruler)
 from rulediff_nb.classifier import (
     CLASSES,
+    CLASSIFIER_WEIGHTS,
+    MARGINS,
     ON,
     PIXEL,
     PUBLISHED_MARGINS,
+    SIGMAS,
     ClassifierRun,
     RuleClassifier,
+    ShippedClassifier,
+    TrainedClassifier,
     as_class,
+    bayes_accuracy,
     calibration_error,
     calibration_floor,
     classifier,
+    classifier_recipe,
     classifier_steps,
     contrastive,
     contrastive_factors,
@@ -24,24 +35,27 @@ from rulediff_nb.classifier import (
     fit_classifier,
     fit_pixels,
     graded_factors,
-    timestep_of,
     load_classifier,
     margins_for,
     noised_outputs,
     pixel_classifier,
+    release_classifier,
     right,
     scenes_for,
     split,
     supervised_contrast,
-    bayes_accuracy,
+    timestep_of,
 )
+from rulediff_nb.core import row_generator
 from rulediff_nb.schedule import best_accuracy, noise_schedule, snr
-from rulediff_nb.store import StoreError, save_release
+from rulediff_nb.store import StoreError, load_manifest, save_release
+from rulediff_nb.table import KEPT, Work, find_study, results
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
 
 SMALL = dict(channels=(8, 8), attention=(False, False), width=8, batch=8)
+CPU = torch.device("cpu")
 tasks = pytest.mark.parametrize("task", TASKS)
 
 
@@ -49,23 +63,23 @@ def parts(task, f, classes): return [task.Factors(*(v.view(classes, -1)[k] for v
 
 
 @tasks
-def test_kinds_differ_in_the_rule_alone(task):
-    "By the factors: the dependent length is off by the margin, all other factors have one distribution, the coarse rule breaks in its kind alone."
+def test_classes_differ_in_the_rule_alone(task):
+    "By the factors: the dependent length is off by the margin, all other factors have one distribution, the coarse rule breaks in its class alone."
     task = TASKS[task]
     for margin in margins_for(task):
         f, y = contrastive_factors(task, 200, 3, margin, classes=4)
         assert y.tolist() == [k for k in range(4) for _ in range(200)]
-        for kind, g in zip(CLASSES, parts(task, f, 4)):
+        for violate, g in zip(CLASSES, parts(task, f, 4)):
             off = torch.sub(*task.dependent(g))
-            want = dict(down=-margin, up=margin).get(kind, 0.)
-            if kind != "coarse":
+            want = dict(down=-margin, up=margin).get(violate, 0.)
+            if violate != "coarse":
                 assert (off - want).abs().max() < 1e-5 and task.coarse(g).all() and task.inside(g).all()
             else: assert not task.coarse(g).any()
 
 
 @tasks
-def test_kinds_have_one_law_of_everything_else(task):
-    "Scenes of the kinds, put back on the rule, come from one distribution: no factor tells the kinds apart (Kolmogorov-Smirnov, n=1500 each)."
+def test_classes_have_one_distribution_of_everything_else(task):
+    "Scenes of the classes, put back on the rule, come from one distribution: no factor separates the classes (Kolmogorov-Smirnov, n=1500 each)."
     task, margin, n = TASKS[task], margins_for(task)[0], 1500
     down, on, up = parts(task, contrastive_factors(task, n, 4, margin)[0], 3)
     for a, m in ((down, margin), (up, -margin)):
@@ -117,10 +131,10 @@ def test_contrastive_refuses(kw, error, said):
     with pytest.raises(error, match=said): contrastive(**dict(task="two_squares", n=4, seed=0) | kw)
 
 
-@pytest.mark.parametrize("kind", PIXEL)
+@pytest.mark.parametrize("net", PIXEL)
 @pytest.mark.parametrize("size", [16, 32])
-def test_pixel_classifiers(kind, size):
-    a, b, c = pixel_classifier(kind, size, 0), pixel_classifier(kind, size, 0), pixel_classifier(kind, size, 1, classes=4)
+def test_pixel_classifiers(net, size):
+    a, b, c = pixel_classifier(net, size, 0), pixel_classifier(net, size, 0), pixel_classifier(net, size, 1, classes=4)
     x = torch.rand(5, 3, size, size)
     assert a(x).shape == (5, 3) and c(x).shape == (5, 4)
     assert all(torch.equal(u, v) for u, v in zip(a.parameters(), b.parameters()))
@@ -167,7 +181,7 @@ def test_supervised_contrast_against_loops(y):
     assert supervised_contrast(3*f, y, tau) == pytest.approx(supervised_contrast(f, y, tau).item(), abs=1e-6)   # directions alone count
 
 
-def test_guidance_classifier_is_told_the_level_and_has_the_worlds_margins():
+def test_guidance_classifier_takes_the_timestep_and_has_the_tasks_margins():
     clf = classifier("laptop", "two_circles", **SMALL)
     assert clf.recipe.margins == margins_for("two_circles") and clf.recipe.task.name == "two_circles"
     x = torch.randn(3, 3, 32, 32)
@@ -203,10 +217,10 @@ def test_a_killed_training_resumes_to_the_bits(tmp_path):
     x, y = contrastive(task, 20, 0, 1/16)
     def fresh(): return classifier("laptop", task, 0, margins=(1/16,), **SMALL)
     whole, cut = fresh(), fresh()
-    list(train_steps(whole, x, tmp_path/"whole", 8, y=y, kind=ClassifierRun))
-    for s in train_steps(cut, x, tmp_path/"cut", 8, y=y, kind=ClassifierRun):
+    list(train_steps(whole, x, tmp_path/"whole", 8, y=y, run_type=ClassifierRun))
+    for s in train_steps(cut, x, tmp_path/"cut", 8, y=y, run_type=ClassifierRun):
         if s.step == 3: break
-    list(train_steps(cut := fresh(), x, tmp_path/"cut", 8, y=y, kind=ClassifierRun))
+    list(train_steps(cut := fresh(), x, tmp_path/"cut", 8, y=y, run_type=ClassifierRun))
     assert all(torch.equal(u, v) for u, v in zip(whole.state_dict().values(), cut.state_dict().values()))
 
 
@@ -236,7 +250,7 @@ def test_load_classifier(tmp_path):
     with pytest.raises(StoreError): load_classifier("two_squares", folder=tmp_path)
 
 
-def test_load_classifier_refuses_another_world_or_network(tmp_path):
+def test_load_classifier_refuses_another_task_or_network(tmp_path):
     released(tmp_path, task=get_task("two_circles").spec())
     with pytest.raises(StoreError, match="two_circles-random"): load_classifier("two_squares", folder=tmp_path)
     released(tmp_path, width=16)
@@ -244,7 +258,7 @@ def test_load_classifier_refuses_another_world_or_network(tmp_path):
 
 
 @pytest.mark.parametrize("betas", ["linear", "cosine"])
-def test_level_of_is_the_nearest(betas):
+def test_timestep_of_is_the_nearest(betas):
     abar = noise_schedule(betas=betas).alphas_cumprod
     for sigma in (.02, .3, 2., 20.):
         t = timestep_of(sigma, abar)
@@ -254,13 +268,13 @@ def test_level_of_is_the_nearest(betas):
         with pytest.raises(ValueError, match="above 0"): timestep_of(bad, abar)
 
 
-def test_noised_answers_do_not_depend_on_the_batch():
+def test_noised_outputs_do_not_depend_on_the_batch():
     clf, x = classifier("laptop", "two_squares", **SMALL).eval(), torch.rand(300, 3, 32, 32)
     a, b = noised_outputs(clf, x, 100, 1), noised_outputs(clf, x[:10], 100, 1)
     assert torch.allclose(a[:10], b, atol=1e-5) and not torch.allclose(b, noised_outputs(clf, x[:10], 100, 2))
 
 
-def test_told_apart_is_the_formula_for_two():
+def test_bayes_accuracy_is_the_formula_for_two():
     "Of two scenes the normal distribution of best_accuracy; of three alike a third."
     xa, xb = (TASKS["two_squares"].sample(4000, 0, violate=v, margin=1/64)[0] for v in (None, "up"))
     for sigma in (.3, 1., 3.):
@@ -294,7 +308,7 @@ def test_the_classifier_fits_its_model():
         assert torch.equal(a, unet("laptop", "two_squares").abar if preset == "laptop" else noise_schedule().alphas_cumprod)
 
 
-def test_the_paper_size_trains():
+def test_the_published_size_trains():
     "As wide as the study's (about 20 million parameters); a step of it, on few images."
     clf = classifier("published", "two_squares", batch=6)
     assert 15e6 < sum(p.numel() for p in clf.parameters()) < 30e6
@@ -302,9 +316,148 @@ def test_the_paper_size_trains():
     assert len(steps) == 1 and steps[0].images == 6 and math.isfinite(steps[0].loss)
 
 
-def test_each_kind_draws_a_scene_as_its_kinds_are_drawn_alone():
+def test_each_class_draws_a_scene_as_its_classes_are_drawn_alone():
     task = TASKS["two_squares"].with_(palette="fixed")
     f, m = scenes_for(task, 3, 0, 1/16)
     x = each_class(task, f, m, 4)
     assert x.shape == (3, 4, 3, 32, 32) and torch.equal(x[:, :3], each_class(task, f, 1/16))
-    for k, kind in enumerate(CLASSES): assert torch.equal(x[:, k], task.render(as_class(task, f, kind, m)))
+    for k, violate in enumerate(CLASSES): assert torch.equal(x[:, k], task.render(as_class(task, f, violate, m)))
+
+
+def test_an_untrained_recipe_is_that_of_its_network():
+    assert classifier("laptop", "two_circles", **SMALL).recipe == classifier_recipe("laptop", "two_circles", **SMALL)
+
+
+TINY = TrainedClassifier("two_squares", steps=8, n=4, changes=(*SMALL.items(), ("margins", (1/16,))))
+
+
+def trained(need, folder):
+    "A need, trained and loaded."
+    list(need.train(folder, CPU))
+    return need.load(folder, CPU)
+
+
+def same(a, b): return all(torch.equal(u, v) for u, v in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("role", ["classifier", "regressor"])
+def test_a_need_is_the_training_of_the_lesson(role, tmp_path):
+    "The same bits as `classifier_steps`, in whose place it stands; a second call has nothing to do."
+    need = TINY._replace(role=role)
+    assert not need.weights(tmp_path) and list(need.train(tmp_path, CPU)) == list(range(1, 9))
+    mark, got = need.weights(tmp_path), need.load(tmp_path, CPU)
+    assert len(mark) == 12 and list(need.train(tmp_path, CPU)) == [] and need.weights(tmp_path) == mark
+    assert not got.training and got.manifest["steps"] == 8 and got.manifest["cpu_seconds"] > 0
+    more = dict(classes=0, conditions=1) if role == "regressor" else {}
+    by_hand = classifier("laptop", get_task("two_squares", palette="fixed"), 0, **more, **dict(need.changes))
+    list(classifier_steps(by_hand, 0, 8, 4))
+    assert same(got, by_hand)
+
+
+def test_a_need_survives_an_interruption_and_a_kill(tmp_path):
+    "Stopped after step 3, killed in step 6, resumed at 4: the same bits as in one go."
+    whole = trained(TINY, tmp_path/"whole")
+    for k in TINY.train(tmp_path/"cut", CPU):
+        if k == 3: break
+    assert not TINY.weights(tmp_path/"cut")
+    code = "import os, sys, torch\nfrom rulediff_nb.classifier import TrainedClassifier\n"
+    code += f"for k in {TINY!r}.train(sys.argv[1], torch.device('cpu')):\n    if k == 6: os._exit(9)"
+    r = subprocess.run([sys.executable, "-c", code, str(tmp_path/"cut")], env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert r.returncode == 9, r.stderr[-2000:]
+    assert not TINY.weights(tmp_path/"cut") and list(TINY.train(tmp_path/"cut", CPU)) == [4, 5, 6, 7, 8]
+    cut = TINY.load(tmp_path/"cut", CPU)
+    assert same(whole, cut) and cut.manifest["cpu_seconds"] > 0
+
+
+def test_labels_and_sets_of_needs():
+    "The set of `contrastive` and `graded_factors`; shuffled labels are the same labels in the order of stream 5060."
+    task = get_task("two_squares", palette="fixed")
+    x, y = contrastive(task, 4, 3, (1/16,))
+    need = TINY._replace(seed=3)
+    assert all(torch.equal(u, v) for u, v in zip(need.images(), (x, y)))
+    same_x, mixed = need._replace(shuffled=True).images()
+    order = torch.from_numpy(row_generator(3, 0, stream=5060).permutation(len(y)))
+    assert torch.equal(x, same_x) and torch.equal(mixed, y[order]) and not torch.equal(mixed, y)
+    f, target = graded_factors(task, 4, 3, (1/16,))
+    got, told = need._replace(role="regressor").images()
+    assert torch.equal(got, task.render(f)) and torch.equal(told, target)
+
+
+def test_keys_of_needs_differ():
+    others = dict(task="two_circles", palette="random", role="regressor", seed=1, steps=9, shuffled=True, n=5, preset="published", changes=())
+    needs = [TINY, *(TINY._replace(**{k: v}) for k, v in others.items())]
+    assert set(others) == set(TINY._fields) and len({n.key for n in needs}) == len(needs)
+    assert TINY._replace(changes=TINY.changes + (("lr", 2e-3),)).key != TINY.key
+    with pytest.raises(ValueError, match="regressor"): TINY._replace(role="scorer").recipe()
+
+
+def test_a_need_loads_its_own_training_alone(tmp_path):
+    need, other = TINY._replace(steps=1), TINY._replace(steps=1, shuffled=True)
+    for n in (need, other): list(n.train(tmp_path, CPU))
+    mine, foreign = (tmp_path/n.key/"trained.safetensors" for n in (need, other))
+    blob = mine.read_bytes()
+    mine.write_bytes(foreign.read_bytes())
+    with pytest.raises(StoreError, match="another training.*shuffled.*True.*expected.*False"): need.load(tmp_path, CPU)
+    mine.write_bytes(blob[:-1] + bytes([blob[-1] ^ 1]))
+    with pytest.raises(StoreError, match="damaged"): need.load(tmp_path, CPU)
+    mine.unlink()
+    with pytest.raises(StoreError, match="no file"): need.load(tmp_path, CPU)
+
+
+def test_a_shipped_need_is_what_is_loaded():
+    need = ShippedClassifier("two_circles", role="regressor")
+    sha = load_manifest(CLASSIFIER_WEIGHTS, "two_circles-fixed-regressor")["sha256"]
+    assert need.weights() == sha[:12] and sha[:12] in need.key and list(need.train(None, CPU)) == []
+    assert same(need.load(None, CPU), load_classifier("two_circles", role="regressor"))
+    with pytest.raises(StoreError, match="random"): ShippedClassifier("two_circles", "random").weights()
+
+
+def test_a_released_need_is_loaded_as_those_of_the_package(tmp_path):
+    need = TrainedClassifier("two_squares", steps=1, n=1)
+    said = release_classifier(need, tmp_path, tmp_path/"out", images=12)
+    got, half = load_classifier("two_squares", folder=tmp_path/"out"), {k: v.half().float() for k, v in need.load(tmp_path, CPU).state_dict().items()}
+    assert all(torch.equal(v, half[k]) for k, v in got.state_dict().items()) and said["measure"] == "accuracy"
+    assert set(said["report"]) == {f"sigma {s:g}, {32*m:g} px" for s in SIGMAS for m in MARGINS}
+    shipped = load_manifest(CLASSIFIER_WEIGHTS, "two_squares-fixed-classifier")
+    assert set(said) == set(shipped) and set(said["recipe"]) == set(shipped["recipe"]) and set(said["report"]) == set(shipped["report"])
+    with pytest.raises(ValueError, match="control"): release_classifier(need._replace(shuffled=True), tmp_path, tmp_path)
+
+
+STUDIES = "pixels", "accuracy", "calibration", "regression"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_plan_is_the_stored_rows(name):
+    "Every stored line belongs to a row of the plan, every row has lines, and no row is planned twice."
+    plan, df = find_study(name).plan(False), results(name)
+    stored = list(df[list(plan[0]._fields)].drop_duplicates().itertuples(index=False, name=None))
+    assert sorted(map(tuple, plan)) == sorted(stored) and len(set(plan)) == len(plan)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_quick_row_has_the_columns_of_the_table(name, tmp_path):
+    study = find_study(name)
+    (row,) = study.plan(True)
+    nets = tuple(trained(n, tmp_path) for n in study.needs(row))
+    lines = study.measure(row, Work(nets, CPU))
+    lines = [lines] if isinstance(lines, dict) else list(lines)
+    want = set(results(name)) - set(KEPT) - set(row._fields)
+    assert lines and all(set(v) == want for v in lines) and set((*study.keys, *study.shown)) <= want | set(row._fields)
+    assert len(lines) == (1 if name == "pixels" else 9*5 if name == "accuracy" else 9)
+
+
+def test_accuracy_and_calibration_share_their_training():
+    a, b, c = (find_study(k).plan(False)[4] for k in ("accuracy", "calibration", "regression"))
+    needs = [find_study(k).needs(r) for k, r in (("accuracy", a), ("calibration", b), ("regression", c))]
+    assert needs[0] == needs[1] == (TrainedClassifier(a.task, a.palette, "classifier", a.seed),)
+    assert needs[2] == (TrainedClassifier(c.task, c.palette, "regressor", c.seed),)
+
+
+def test_stored_lines_are_of_the_shipped_networks():
+    "The first lines, measured again with the package's weights of seed 0, which were rounded to half precision: at most 5 images of 900 differ."
+    study, net = find_study("accuracy"), load_classifier("two_squares")
+    row = next(r for r in study.plan(False) if (r.task, r.seed) == ("two_squares", 0))
+    df = results("accuracy").query("task == 'two_squares' and seed == 0")
+    for line in itertools.islice(study.measure(row, Work((net,), CPU)), 3):
+        (then,) = df[(df.margin_px == line["margin_px"]) & (df.sigma == line["sigma"])].to_dict("records")
+        assert abs(line["accuracy"] - then["accuracy"]) <= 5/900 + 1e-6 and line["bound"] == pytest.approx(then["bound"], abs=1e-6)
