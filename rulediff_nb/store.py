@@ -152,9 +152,9 @@ def load_release(
 
 def load_network(
     folder:str|Path, # where weights and manifests stand
-    task:str,       # what it must have been trained on: "TASK-RANDOM"
+    task:str,       # what it must have been trained on: "TASK-PALETTE"
     make:Callable[[dict],nn.Module], # a recipe -> an untrained network, which has `recipe`
-    role:str='',     # the file's name is the task's, or "TASK-ROLE"
+    role:str='',    # the file's name is the task's, or "TASK-ROLE"
 )->nn.Module:        # in eval mode, float32, on the CPU; its manifest is `.manifest`
     "Make a network from a recipe and weights; StoreError for files that are missing, changed or made for something else."
     name, there = f'{task}-{role}' if role else task, list_releases(folder)
