@@ -13,7 +13,7 @@ __all__ = ['TIMESTEPS', 'SCORES', 'CURVES', 'RECIPES', 'Denoiser', 'Shipped', 'c
 # %% ../nbs/08a_study.ipynb #b78672d7
 import itertools, json, math, os, time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -89,9 +89,9 @@ class Denoiser(NamedTuple):
         folder:Path, # of trainings
         device:torch.device, # to train on
     )->Iterator[int]: # steps done, one per step
-        "Train what is missing, keeping the weights of every mark; StoreError if the run stands beyond a mark that is missing."
+        "Train as far as the last mark, keeping the weights of each; StoreError if the run stands beyond one that is missing."
         own, check = Path(folder)/self.key, Path(folder)/self.key/'checkpoint.safetensors'
-        for mark in sorted({*self.marks, self.at or self.steps, self.steps}):
+        for mark in sorted({*self.marks, self.at or self.steps}):
             if self._file(folder, mark).exists(): continue
             model = unet(self.preset, self.recipe().task, self.seed, **dict(self.changes)).to(device)
             stands = load_tensors(check)[1]['step'] if check.exists() else 0
@@ -253,8 +253,8 @@ def _train_needs(
     for need in needs:
         if need.weights(Path(where.trained)): continue
         Path(where.trained).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(where.trained)/f'.{need.key}.lock'):
-            for _ in need.train(Path(where.trained), device):
+        with FileLock(Path(where.trained)/f'.{need.key}.lock'), closing(need.train(Path(where.trained), device)) as steps:
+            for _ in steps:
                 if os.getppid() != parent: raise RuntimeError("the process that asked for this has ended")   # a killed study stops
                 if time.time() > where.until: raise TimeoutError(f"the budget is spent; {need.key} resumes")
 
@@ -464,6 +464,17 @@ def _queue(
             if first is not None: yield joblib.delayed(_attempt)(study, first, where, row_inputs(study, first))
     yield from (joblib.delayed(_attempt)(study, r, where, row_inputs(study, r)) for r in waiting if r is not None)
 
+def _work(
+    study:Study, rows:list[NamedTuple], where:Where, workers:int, name:str, address:str, # what is missing, and how it runs
+)->Iterator[Done]:                                                                      # rows and trainings as they are finished
+    "joblib's part; rows that must be alone run one by one in this process, in their place in the plan."
+    for alone, part in itertools.groupby(rows, study.alone):
+        jobs = _queue(study, list(part), where, 1 if alone else workers)
+        if alone: yield from (f(*args, **more) for f, args, more in jobs)
+        else:
+            with engine(name, address, workers):
+                yield from joblib.Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1, pre_dispatch='n_jobs')(jobs)
+
 def chosen(
     rows:Sequence[NamedTuple], # of a plan
     only:Sequence[str]=(),     # words such as "task=two_circles,two_squares" or "oracle"; a row must fit all
@@ -506,12 +517,11 @@ def run_study(
         done = {row_key(study, r): d for r, d in zip(rows, there) if d}
         yield from done.values()
         todo = [r for r, d in zip(rows, there) if not d]
-        with engine(name, address, workers):
-            work = joblib.Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1, pre_dispatch='n_jobs')
-            for d in work(_queue(study, todo, where, workers)):
-                if d.state == 'measured': done[row_key(study, d.row)] = d
+        for d in _work(study, todo, where, workers, name, address):
+            if d.state == 'measured':
+                done[row_key(study, d.row)] = d
                 write_run(study, out, [done[k] for r in rows if (k := row_key(study, r)) in done])
-                yield d
+            yield d
         if not todo: write_run(study, out, list(done.values()))
     finally: lock.release()
 

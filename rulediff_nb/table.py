@@ -36,6 +36,12 @@ def _nothing(
     "What a row needs that needs nothing trained."
     return ()
 
+def _beside_others(
+    row:NamedTuple, # of a plan
+)->bool:            # no
+    "A row that may run beside others."
+    return False
+
 @dataclass(frozen=True)
 class Study:
     "A named set of measurements: a plan of typed rows, what each needs trained, and what each measures."
@@ -48,6 +54,7 @@ class Study:
     shown:tuple[str,...] = ()       # columns with numbers, the headline first
     finish:Callable[[pd.DataFrame],pd.DataFrame]|None = None # adds columns that compare lines
     version:int = 1                 # raised when what `measure` means has changed: all rows are measured again
+    alone:Callable[[NamedTuple],bool] = _beside_others # row -> whether nothing may run beside it, such as a measurement of speed
     public:bool = True              # False: its rows depend on the reader's own options, no table ships
 
 STUDIES:dict[str,Study] = {}
