@@ -252,7 +252,7 @@ def test_load_classifier(tmp_path):
 
 def test_load_classifier_refuses_another_task_or_network(tmp_path):
     released(tmp_path, task=get_task("two_circles").spec())
-    with pytest.raises(StoreError, match="two_circles-random"): load_classifier("two_squares", folder=tmp_path)
+    with pytest.raises(StoreError, match="two_circles-fixed"): load_classifier("two_squares", folder=tmp_path)
     released(tmp_path, width=16)
     with pytest.raises(StoreError, match="does not fit"): load_classifier("two_squares", folder=tmp_path)
 

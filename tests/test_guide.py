@@ -43,7 +43,7 @@ class Fixed(Guidance):
 
 
 def net(prediction="v_prediction", seed=0, **kw):
-    m = unet("laptop", TASK, seed, prediction=prediction, contrast=.3*(prediction == "v_prediction"), **SMALL, **kw).eval()
+    m = unet("laptop", TASK, seed, prediction=prediction, sigma_data=.3*(prediction == "v_prediction"), **SMALL, **kw).eval()
     with torch.no_grad():
         for i, p in enumerate(m.parameters()): p += .05*row_noise(i, [seed], p.shape)[0]
     return m
@@ -106,7 +106,7 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
 @pytest.mark.parametrize("change,said", [
     (dict(betas="linear"), "schedule: linear"), (dict(T=500), "schedule: cosine, T=500"),
     (dict(task=TASKS["two_circles"].spec()), "two_circles"),
-    (dict(task=TASK.with_(palette="random").spec()), r"\(paper\)"), (dict(task=TASK.with_(size=16).spec()), "size: 16")])
+    (dict(task=TASK.with_(palette="random").spec()), r"\(random\)"), (dict(task=TASK.with_(size=16).spec()), "size: 16")])
 def test_a_classifier_of_something_else_is_refused_by_name(change, said):
     task = change.pop("task", TASK.spec())
     from rulediff_nb.tasks import get_task

@@ -53,7 +53,7 @@ PREDICTIONS = ["v_prediction", "epsilon", "sample"]
 
 def net(prediction="v_prediction", **kw):
     "An untrained network whose last layer is not zero."
-    m = unet("laptop", TASK, 0, **(SMALL | dict(prediction=prediction, contrast=.3 if prediction == "v_prediction" else 0.) | kw))
+    m = unet("laptop", TASK, 0, **(SMALL | dict(prediction=prediction, sigma_data=.3 if prediction == "v_prediction" else 0.) | kw))
     return m.eval()
 
 
@@ -266,7 +266,7 @@ X0 = TASK.sample(12, 3)[0]
 
 
 def exact(prediction="v_prediction", x0=X0, block=2**20, **kw):
-    return ExactDenoiser(x0, recipe("laptop", TASK, **(dict(prediction=prediction, contrast=0., betas="linear") | kw)), block)
+    return ExactDenoiser(x0, recipe("laptop", TASK, **(dict(prediction=prediction, sigma_data=0., betas="linear") | kw)), block)
 
 
 def by_loop(m, xt, t, train=X0):

@@ -89,23 +89,23 @@ def test_the_average_is_left_in_the_model_however_the_loop_is_left(ema):
         def __init__(self, *args): super().__init__(*args), runs.append(self)
 
     def broken():
-        for s in fit(m, X0, 9, kind=Noted):
+        for s in fit(m, X0, 9, run_type=Noted):
             if s.step == 3: raise RuntimeError("reader's own")
     m = net(ema=ema)
     for how in ("break", "close", "error", "end"):
         m, raw = net(ema=ema), []
         if how == "break":
-            for s in fit(m, X0, 9, kind=Noted):
+            for s in fit(m, X0, 9, run_type=Noted):
                 raw = bits(m)
                 if s.step == 3: break
         if how == "close":
-            g = fit(m, X0, 9, kind=Noted)
+            g = fit(m, X0, 9, run_type=Noted)
             next(g), next(g), next(g)
             raw = bits(m)
             g.close()
         if how == "error":
             with pytest.raises(RuntimeError, match="own"): broken()
-        if how == "end": list(fit(m, X0, 3, kind=Noted))
+        if how == "end": list(fit(m, X0, 3, run_type=Noted))
         assert not m.training, how
         want = runs[-1].ema.shadow_params if ema else None
         if ema: assert same([p.detach() for p in m.parameters()], want) and (not raw or not same(raw, bits(m))), how

@@ -273,7 +273,7 @@ def test_another_recipe_is_named(change, words, tmp_path):
 
 @pytest.mark.parametrize("task,words", [
     (dict(name="two_circles"), ["recipe.task.name is two_squares, expected two_circles"]),
-    (dict(palette="random"), ["recipe.task.palette is pure, expected paper"]), (dict(size=32), ["recipe.task.size is 16, expected 32"])])
+    (dict(palette="random"), ["recipe.task.palette is fixed, expected random"]), (dict(size=32), ["recipe.task.size is 16, expected 32"])])
 def test_another_task_is_named(task, words, tmp_path):
     task = get_task(**dict(name="two_squares", palette="fixed", size=16) | task)
     refused(words, tmp_path, lambda: train_steps(unet("laptop", task, 0, **SMALL), task.sample(40, 0)[0], tmp_path, 6))
