@@ -21,6 +21,7 @@ notebooks: .venv/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(TESTENV) $(BIN)/nbdev-test --n-workers $(NB_WORKERS) --timing --do-print
 
 slow: .venv/installed-dev
+	$(BIN)/python -m pip install -q -e '.[dev,ray]' $(PIPC)
 	PATH="$(CURDIR)/$(BIN):$$PATH" HF_HUB_OFFLINE=1 MPLBACKEND=agg $(BIN)/nbdev-test --flags slow --n-workers 0 --cell-timeout 7200 --timing --do-print
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --timeout 7200
 

@@ -9,21 +9,22 @@ from tree import LIB, NAME, clean_env, modules
 
 MODEL = {"core", "tasks", "schedule", "unet", "store"}
 LAYERS = {  # module -> modules of the package that it may import
-    "core": set(), "tasks": {"core"}, "features": {"core", "tasks"}, "metrics": {"core", "tasks", "features"},
-    "certificate": {"core", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
-    "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL, "sample": MODEL,
-    "grid": MODEL | {"features", "metrics", "train", "sample"},
-    "classifier": MODEL | {"train"}, "guide": MODEL - {"store"} | {"metrics", "sample", "classifier"},
-    "filter": {"core", "tasks", "metrics", "unet", "sample", "classifier"}}
+    "core": set(), "table": {"core"}, "tasks": {"core"}, "features": {"core", "tasks"}, "metrics": {"core", "tasks", "features"},
+    "certificate": {"core", "table", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
+    "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL | {"table"},
+    "sample": MODEL | {"table", "metrics"}, "study": MODEL | {"table", "metrics", "train", "sample"},
+    "gpu": MODEL | {"table", "metrics", "train", "sample", "study"}, "classifier": MODEL | {"table", "metrics", "train", "study"}, "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
+    "filter": {"core", "tasks", "metrics", "sample", "classifier", "guide", "table", "study"},
+    "card": {"_modidx", "tasks", "metrics", "unet", "store", "sample", "table", "study", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
-    "diffusers": {"schedule", "unet", "train", "sample", "guide", "filter", "classifier", "cli"},
+    "diffusers": {"schedule", "unet", "train", "sample", "guide", "filter", "classifier", "gpu", "cli"},
     "accelerate": {"train", "sample", "classifier", "cli"}, "pytorch_optimizer": {"train"},
-    "joblib": {"grid"}, "dask": {"grid"}, "ray": {"grid"}, "filelock": {"train"},
-    "huggingface_hub": {"store", "unet", "sample", "cli"},
-    "nbdev": set(), "scipy": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
+    "joblib": {"study"}, "dask": {"study"}, "ray": {"study"}, "filelock": {"train", "study"},
+    "huggingface_hub": {"store", "unet", "sample", "cli", "card"},
+    "nbdev": set(), "scipy": {"metrics", "study"}, "pandas": {"table", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli"}, "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
-APART = {"cli", "trap", "certificate", "grid"}
+APART = {"cli", "trap", "certificate", "gpu"}
 
 
 def imports(tree):
