@@ -138,9 +138,9 @@ def _check_scheduler(
     for k in ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'rescale_betas_zero_snr'):
         want = own.config[k]
         if (c.get(k) or False) != (want or False): raise ValueError(f"{name} has {k}={c.get(k)!r}, the model needs {want!r}")
-    timesteps = getattr(scheduler, 'alphas_cumprod', own.alphas_cumprod)
-    far = (timesteps.cpu() - own.alphas_cumprod).abs().max().item() if timesteps.shape == own.alphas_cumprod.shape else float('nan')
-    if not far < 1e-5: raise ValueError(f"{name} has other timesteps than the model: alphas_cumprod differs by {far:.3g}")
+    abar = getattr(scheduler, 'alphas_cumprod', own.alphas_cumprod)
+    far = (abar.cpu() - own.alphas_cumprod).abs().max().item() if abar.shape == own.alphas_cumprod.shape else float('nan')
+    if not far < 1e-5: raise ValueError(f"{name} has another noise schedule than the model: alphas_cumprod differs by {far:.3g}")
     try: off = misfit(scheduler, recipe, steps, eta)
     except Exception as e: raise ValueError(f"{name} does not work with {steps} steps here: {type(e).__name__}: {e}") from e
     if not off <= FITS:
@@ -214,7 +214,7 @@ def sample_batches(
         for d in _run(model, range(first + i, first + min(i + batch, n)), sch, eta, seed, None if y is None else y[i:i + batch]):
             x = d.x
             yield None
-        if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} nfe")
+        if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} network evaluations")
         yield x.clamp(-1, 1).float()
 
 def sample(

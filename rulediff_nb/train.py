@@ -148,7 +148,7 @@ class Run:
         self.opt = self.acc.prepare_optimizer(OPTIMIZERS[r.optimizer](model, r))
         self.ema = EMAModel(model.parameters(), decay=r.ema, use_ema_warmup=True, power=.75) if r.ema else None
         self.recent, self.lowest, self.whole = deque(maxlen=100), math.inf, True
-        self.images, self.known = None, None   # the training set, and the posterior-mean target to it
+        self.images, self.known = None, None   # the training set, and its posterior-mean targets
 
     def lr(self)->float: # the learning rate of the next step
         "Linear warm-up, then a cosine to zero if the recipe decays."
@@ -167,7 +167,7 @@ class Run:
     def exact(self,
         x0:Tensor,     # (n,3,s,s) training set
     )->FiniteSet:      # made anew only for another set
-        "The posterior-mean target to a training set."
+        "The posterior-mean targets of a training set."
         if self.images is not x0: self.images, self.known = x0, FiniteSet(x0, self.model.abar)
         return self.known
 
