@@ -9,8 +9,8 @@ __all__ = ['TESTS', 'SPEEDS', 'QUICK_SPEEDS', 'LONG', 'LENGTH', 'MARKS', 'Part',
            'same_training', 'low_precision', 'rate', 'collect']
 
 # %% ../nbs/08b_gpu.ipynb #bcb08c7f
-import math, time
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,10 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from torch import Tensor
 
 from .core import range_known, row_noise
-from .metrics import bootstrap, interval, measure, rule_report
+from .metrics import bootstrap, interval, measure
 from .sample import ddim, load_pretrained, sample
 from .schedule import noise_schedule
-from .store import StoreError, content_hash, load_tensors, save_tensors, write_atomic
+from .store import StoreError, load_tensors, save_tensors, write_atomic
 from .study import Denoiser, measure_denoiser
 from .table import Study, Work, register_study
 from .tasks import get_task

@@ -54,11 +54,11 @@ class Study:
     shown:tuple[str,...] = ()       # columns with numbers, the headline first
     finish:Callable[[pd.DataFrame],pd.DataFrame]|None = None # adds columns that compare lines
     version:int = 1                 # raised when what `measure` means has changed: all rows are measured again
-    alone:Callable[[NamedTuple],bool] = _beside_others # row -> whether nothing may run beside it, such as a measurement of speed
+    alone:Callable[[NamedTuple],bool] = _beside_others # row -> whether nothing may run beside it, such as a speed
     public:bool = True              # False: its rows depend on the reader's own options, no table ships
 
 STUDIES:dict[str,Study] = {}
-MODULES = 'certificate', 'sample', 'study', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # they define studies, and are imported only when a name is looked up
+MODULES = 'certificate', 'sample', 'study', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # define studies; imported to look one up
 
 def register_study(
     study:Study, # a new one, or one of the same name whose definition has changed
