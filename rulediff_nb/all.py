@@ -8,7 +8,7 @@ from rulediff_nb.classifier import (
     load_classifier,
     pixel_classifier,
 )
-from rulediff_nb.core import default_device, explore, from_bytes, progress, range_known, row_noise, show, to_8bit, to_bytes
+from rulediff_nb.core import default_device, explore, from_bytes, progress, row_noise, save_images, show, to_8bit, to_bytes
 from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep
 from rulediff_nb.guide import (
     ClassifierGuidance,

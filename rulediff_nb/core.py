@@ -7,13 +7,15 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'check_images', 'range_known', 'check_range',
            'to_8bit', 'to_bytes', 'from_bytes', 'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic',
-           'plot_panels', 'light', 'explore', 'in_test', 'progress', 'Exercise']
+           'plot_panels', 'plot_errors', 'plot_report', 'save_images', 'read_grid', 'light', 'explore', 'in_test',
+           'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
-import io, math, os, sys, warnings
+import io, math, os, re, sys, tempfile, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +95,7 @@ _RANGE_KNOWN = ContextVar('range known', default=False)
 
 @contextmanager
 def range_known()->Iterator[None]: # while it is open
-    "For what a sampler has drawn: it is in [-1,1], and a batch without anything dark is no batch in 0..1, only pale."
+    "For what a sampler has drawn: it is in [-1,1], so a batch without dark pixels is pale and gives no warning."
     before = _RANGE_KNOWN.set(True)
     try: yield
     finally: _RANGE_KNOWN.reset(before)
@@ -101,16 +103,14 @@ def range_known()->Iterator[None]: # while it is open
 def check_range(
     x:Tensor, # (n,3,s,s) floating images
 )->None:      # nothing: it passes, warns or raises
-    "ValueError for 0..255 and for batches in 0..1; a few pale images only warn. NaN passes: rulers refuse it image by image."
+    "ValueError for what lies far outside, such as 0..255; a warning for what looks like 0..1. NaN passes: rulers refuse it image by image."
     if not x.numel(): return
     low, high = x.nan_to_num(0., 0., 0.).aminmax()
     if high > 1.5 or low < -1.5:
         raise ValueError(f"images must be in [-1,1], got [{low:.3g}, {high:.3g}]; for 0..255 use x/127.5 - 1")
     if 0 <= low < .3 and high - low > 1e-3 and not _RANGE_KNOWN.get():   # scenes in 0..1 go below .3
-        msg = f"images must be in [-1,1], but none of {len(x)} goes below {low:.3g}; for 0..1 use 2*x - 1, " \
-              'for a model\'s pale samples measure them inside "with range_known():"'
-        if len(x) >= 8: raise ValueError(msg)
-        warnings.warn(msg, stacklevel=3)
+        warnings.warn(f"images must be in [-1,1], and these {len(x)} lie in [{low:.3g}, {high:.3g}], as images in 0..1 do: "
+                      "if that is their range, use 2*x - 1; if they are only pale, nothing is wrong", stacklevel=3)
 
 def to_8bit(
     x:Tensor, # (n,3,s,s) in [-1,1]
@@ -152,7 +152,7 @@ def show(
     titles:Sequence[str]=(), # one per image, or none
     scale:float=1.,        # inches per image
 ):                         # a matplotlib figure
-    "Draw a grid of images; values outside [-1,1] are clipped."
+    "Draw a grid of framed images; values outside [-1,1] are clipped."
     import matplotlib.pyplot as plt
     x = check_images(x).detach().float().cpu().clamp(-1, 1)
     cols = min(check_int(cols, 'cols', 1), max(len(x), 1))
@@ -161,9 +161,11 @@ def show(
     wide, high, gap = cols*scale, rows*(scale + head), .05*scale
     fig, axes = plt.subplots(rows, cols, figsize=(wide, high), squeeze=False)
     fig.subplots_adjust(gap/2/wide, gap/2/high, 1 - gap/2/wide, 1 - (head + gap/2)/high, gap/(scale - gap), (head + gap)/(scale - gap))
-    for ax in axes.flat: ax.set_axis_off()
+    for ax in axes.flat[len(x):]: ax.set_axis_off()
     for i, (ax, img) in enumerate(zip(axes.flat, x)):
         ax.imshow((img.permute(1, 2, 0) + 1)/2, interpolation='nearest')
+        ax.set(xticks=(), yticks=())
+        for side in ax.spines.values(): side.set(linewidth=.5, color='0.6')   # a white canvas ends somewhere
         if i < len(titles): ax.set_title(titles[i], fontsize=8)
     plt.close(fig)
     return fig
@@ -244,6 +246,107 @@ def plot_panels(
     plt.close(fig)
     return fig
 
+# %% ../nbs/00_core.ipynb #c0plot02
+def plot_errors(
+    sets:Sequence[tuple[Tensor,str,str]], # (error of each image in pixels, NaN where it cannot be read; name in the legend; key of `COLOURS`)
+    ax,              # matplotlib axes to draw into
+    low:float=1e-3,  # what is smaller is drawn here
+):
+    "Cumulative share of the images over their error; `chance` is dotted."
+    read = [np.sort(v[np.isfinite(v)]).clip(low) for v in (to_numpy(px) for px, *_ in sets)]
+    top = max([32., *(v[-1] for v in read if len(v))])
+    for (px, name, colour), v in zip(sets, read):
+        share = np.arange(len(v) + 1)/max(len(px), 1)
+        ax.step([low, *v, top], [0., *share[1:], share[-1]], where='post', lw=1.4, color=COLOURS[colour],
+                ls=':' if colour == 'chance' else '-', label=f"{name}, {len(v)} of {len(px)} read")
+    ax.set(xscale='log', xlim=(low, top), ylim=(0, 1.4), yticks=[0, .25, .5, .75, 1],
+           xlabel='error of the dependent length, pixels', ylabel='share of all images')
+    ax.legend(fontsize=7, loc='upper left', frameon=False)
+
+def plot_report(
+    sides:tuple[Tensor,Tensor], # a and b of the images, NaN where they cannot be read
+    floor:tuple[Tensor,Tensor], # the same of real images
+    errors:Sequence[tuple[Tensor,str,str]], # see `plot_errors`
+    title:str='',               # what was measured, and the main numbers
+    label:str='model',          # the name in the legend
+    colour:str='model',         # a key of `COLOURS`
+):                              # a matplotlib figure
+    "Two panels: `b` against `a`, and the cumulative error."
+    import matplotlib.pyplot as plt
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 3.4))
+    plot_rule(*sides, floor=floor, label=label, colour=colour, ax=left)
+    plot_errors(errors, right)
+    fig.suptitle(title, fontsize=9)
+    fig.tight_layout()
+    plt.close(fig)
+    return fig
+
+# %% ../nbs/00_core.ipynb #c0save02
+@contextmanager
+def _beside(
+    path:Path, # where a file or a folder shall stand
+)->Iterator[Path]: # where to make it meanwhile
+    "Make it in a temporary folder beside its place, then move it there; what stood there goes only then."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.') as tmp:
+        yield (made := Path(tmp)/path.name)
+        if made.is_dir() and path.is_dir(): os.replace(path, Path(tmp)/'before')
+        os.replace(made, path)
+
+def _save_folder(
+    a:np.ndarray, # (n,s,s,3) uint8
+    path:Path,    # the folder
+):
+    "One PNG per image, 0000.png and so on; ValueError for a folder that holds anything which these would not replace."
+    from PIL import Image
+    names = [f'{i:0{max(4, len(str(len(a) - 1)))}d}.png' for i in range(len(a))]
+    if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; images are saved as .png or .npz, or into a folder")
+    left = sorted({p.name for p in path.iterdir()} - set(names)) if path.is_dir() else []
+    if left: raise ValueError(f"{path} holds {left[0]}, which would be mixed with the new images: name another folder, or empty it")
+    with _beside(path) as made:
+        made.mkdir()
+        for name, v in zip(names, a): Image.fromarray(v).save(made/name)
+
+def _save_grid(
+    a:np.ndarray, # (n,s,s,3) uint8
+    path:Path,    # a .png file
+    cols:int,     # images per row
+):
+    "All images in one picture, with lines between them; its text says where they are."
+    from PIL import Image, PngImagePlugin
+    cols, said = min(cols, len(a)), PngImagePlugin.PngInfo()
+    said.add_text('rulediff_nb', f'{len(a)} images of {a.shape[1]} pixels, {cols} in a row')
+    picture = (mosaic(from_bytes(a), cols)*127.5 + 127.5).round().byte().permute(1, 2, 0).numpy()
+    with _beside(path) as made: Image.fromarray(picture).save(made, format='png', pnginfo=said)
+
+def save_images(
+    x:Tensor,      # (n,3,s,s) in [-1,1]; what lies beyond is clipped
+    path:str|Path, # .png: one picture of all; .npz: one uint8 array `images`, (n,s,s,3); no ending: a folder of PNG files
+    cols:int=8,    # images per row of one picture
+)->Path:           # the path
+    "Write images with 8 bits, all or nothing; ValueError for another ending, no images, or a folder that holds other files."
+    path, a, cols = Path(path), to_bytes(x), check_int(cols, 'cols', 1)
+    if not len(a): raise ValueError("there are no images to save")
+    if path.is_dir() or not path.suffix: _save_folder(a, path)
+    elif path.suffix.lower() == '.png': _save_grid(a, path, cols)
+    elif path.suffix.lower() == '.npz':
+        with _beside(path) as made, open(made, 'wb') as f: np.savez_compressed(f, images=a)
+    else: raise ValueError(f"images are saved as .png or .npz, or into a folder (no ending), got {path.name}")
+    return path
+
+def read_grid(
+    path:str|Path, # a .png file that `save_images` wrote
+)->np.ndarray:     # (n,s,s,3) uint8
+    "Cut the images out of one picture; ValueError for a picture that does not say where they are."
+    from PIL import Image
+    with Image.open(path) as f: said, a = f.info.get('rulediff_nb', ''), np.array(f.convert('RGB'))
+    m = re.fullmatch(r'(\d+) images of (\d+) pixels, (\d+) in a row', said)
+    if m is None: raise ValueError(f"{path} is no grid that save_images wrote: it does not say where its images are")
+    n, s, cols = map(int, m.groups())
+    if a.shape[:2] != (want := (-(-n//cols)*(s + 1) - 1, cols*(s + 1) - 1)):
+        raise ValueError(f"{path} is {a.shape[0]} pixels high and {a.shape[1]} wide, its text wants {want[0]} and {want[1]}")
+    return np.stack([a[i//cols*(s + 1):, i % cols*(s + 1):][:s, :s] for i in range(n)])
+
 # %% ../nbs/00_core.ipynb #a11ce002
 def light(
     fig,             # a matplotlib figure
@@ -296,12 +399,14 @@ def progress(
     total:int|None=None,    # how many are expected
     label:str='',           # what is going on
     note:Callable|None=None, # step -> short text beside the bar
+    delay:float=0.,         # the bar appears after so many seconds
+    initial:int=0,          # where the count begins, such as the step at which a run is resumed
 )->Iterator:                # the same items
     "Yield the items of `steps` behind a progress bar; no bar under test or with TQDM_DISABLE set."
     from tqdm.auto import tqdm
     live = IN_NOTEBOOK or sys.stderr.isatty()
     off = dict(disable=True) if in_test() else {}
-    bar = tqdm(steps, total=total, desc=label, leave=False, mininterval=.5 if live else 20., **off)
+    bar = tqdm(steps, total=total, desc=label, leave=False, mininterval=.5 if live else 20., delay=delay, initial=initial, **off)
     for s in bar:
         if note is not None and not bar.disable: bar.set_postfix_str(note(s), refresh=False)
         yield s

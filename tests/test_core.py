@@ -1,6 +1,9 @@
 "Rows of noise that belong to their seed, checks of what a caller hands over, figures, sliders under test, exercises."
+import io
 import math
 import re
+import sys
+import time
 import warnings
 
 import matplotlib.pyplot as plt
@@ -10,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy import stats
 
 from rulediff_nb import core
@@ -23,13 +27,17 @@ from rulediff_nb.core import (
     explore,
     from_bytes,
     mosaic,
+    plot_errors,
     plot_panels,
+    plot_report,
     plot_rule,
     progress,
     range_known,
+    read_grid,
     row_generator,
     row_noise,
     row_uniform,
+    save_images,
     show,
     to_8bit,
     to_bytes,
@@ -131,7 +139,7 @@ def images(n=9, s=16): return row_noise(1, range(n), (3, s, s)).tanh()
     (images()[0], ValueError, "shape"), (images()[:, :1], ValueError, "shape"), (images()[:, :, :8], ValueError, "shape"),
     (images().permute(0, 2, 3, 1), ValueError, "shape"), ((images()*127.5 + 127.5).byte(), TypeError, "x/127.5 - 1"),
     (images() > 0, TypeError, "floating"), (images().long(), TypeError, "floating"), (images()*127.5 + 127.5, ValueError, "x/127.5 - 1"),
-    ((images() + 1)/2, ValueError, r"2\*x - 1"), (images()*3, ValueError, r"\[-1,1\]"), (images() - 1, ValueError, r"\[-1,1\]")])
+    (images()*3, ValueError, r"\[-1,1\]"), (images() - 1, ValueError, r"\[-1,1\]")])
 def test_wrong_images_are_refused(bad, error, word):
     with pytest.raises(error, match=word): check_images(bad)
 
@@ -145,11 +153,22 @@ def test_wrong_size_is_refused():
 def test_right_images_pass(x): assert check_images(x) is x
 
 
-def test_a_few_pale_images_only_warn():
-    with pytest.warns(UserWarning, match="2\\*x - 1"): check_images((images(3) + 1)/2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_images(images(3))
+@pytest.mark.parametrize("n", [1, 3, 8, 64])
+@pytest.mark.parametrize("door", [check_images, to_bytes, show])
+def test_what_looks_like_0_to_1_warns_and_passes(n, door):
+    "However many: a briefly trained model's samples may be as pale as that."
+    pale = (images(n) + 1)/2
+    with pytest.warns(UserWarning, match=rf"these {n} lie in .* in 0..1 do: .* 2\*x - 1; if they are only pale"): door(pale)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        door(images(n))
+        with range_known(): door(pale)
+
+
+def test_what_a_briefly_trained_model_drew_passes():
+    "Their darkest pixel was 0.0481."
+    x = torch.linspace(.0481, 1, 8*3*16*16).view(8, 3, 16, 16)
+    with pytest.warns(UserWarning, match="0.0481"): assert check_images(x) is x
+    with pytest.warns(UserWarning): assert to_bytes(x).min() == round(.0481*127.5 + 127.5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -230,6 +249,19 @@ def test_show(n, cols, shape):
     assert [ax.get_title() for ax in fig.axes][:min(n, 3)] == [f"t{i}" for i in range(min(n, 3))]
 
 
+def drawn(fig):
+    fig.savefig(file := io.BytesIO(), dpi=100)
+    return np.array(Image.open(file).convert("RGB")).min(2)
+
+
+def test_a_white_canvas_ends_somewhere():
+    "Each image has a frame; a place without an image has none."
+    def dark_columns(n): return int((drawn(show(torch.ones(n, 3, 16, 16), cols=4)) < 240).any(0).sum())
+    assert dark_columns(1) >= 2 and dark_columns(2) >= 2*dark_columns(1) and dark_columns(4) > dark_columns(2)
+    five = drawn(show(torch.ones(5, 3, 16, 16), cols=4))
+    assert (five[110:, 5:95] < 240).any() and not (five[110:, 105:] < 240).any()
+
+
 def test_show_draws_what_it_is_given():
     x = images(1)
     drawn = show(x).axes[0].images[0].get_array()
@@ -262,13 +294,136 @@ def test_plot_rule_draws_into_given_axes():
     with pytest.raises(KeyError): plot_rule(torch.rand(5), torch.rand(5), colour="pink")
 
 
-def test_pale_images_of_a_sampler_are_no_images_in_0_to_1():
+def test_a_known_range_is_known_only_inside():
     pale = images(16).abs().clamp(min=.05)
-    with pytest.raises(ValueError, match="none of 16"): check_images(pale)
-    with range_known(): assert check_images(pale) is pale
+    with warnings.catch_warnings(action="error"), range_known(): assert check_images(pale) is pale
     with range_known(), pytest.raises(ValueError, match="0..255"): check_images(pale*255)
-    with pytest.raises(ValueError, match="none of 16"): check_images(pale)
+    with pytest.warns(UserWarning, match="these 16"): check_images(pale)
 
+
+def curve(px, name="model", colour="model"):
+    fig, ax = plt.subplots()
+    plt.close(fig)
+    plot_errors([(torch.tensor(px), name, colour)], ax)
+    return ax, *(v.tolist() for v in ax.lines[0].get_data())
+
+
+@pytest.mark.parametrize("px,ends,said", [
+    ([.5, 2., math.nan, math.nan], .5, "2 of 4 read"), ([math.nan]*3, 0., "0 of 3 read"), ([], 0., "0 of 0 read"), ([1.]*5, 1., "5 of 5 read")])
+def test_the_curve_of_errors_ends_at_the_readable_share(px, ends, said):
+    ax, x, y = curve(px)
+    assert y[-1] == ends and x[-1] >= 32 and ax.get_legend().get_texts()[0].get_text() == f"model, {said}"
+    assert y == sorted(y) and all(low <= v <= high for v in y for low, high in [ax.get_ylim()])
+
+
+@given(st.lists(st.floats(.01, 90), min_size=1, max_size=20), st.floats(.01, 90))
+def test_the_curve_of_errors_is_the_share_at_most_so_large(px, at):
+    _, x, y = curve(px)
+    assert y[np.searchsorted(x, np.float32(at), side="right") - 1] == pytest.approx((np.float32(px) <= np.float32(at)).mean())
+
+
+def test_chance_is_dotted_and_large_errors_stay_inside():
+    ax, x, _ = curve([200.], colour="chance")
+    assert ax.lines[0].get_drawstyle() == "steps-post" and ax.lines[0].get_linestyle() == ":" and ax.get_xlim()[1] >= 200 and x[-1] == 200
+    assert curve([2.])[0].lines[0].get_linestyle() == "-" and curve([0.])[1][1] == pytest.approx(1e-3)
+
+
+def test_plot_report():
+    a, nan = torch.rand(9), torch.full((9,), math.nan)
+    fig = plot_report((nan, nan), (a, a), [(nan, "model", "guided"), (a, "real", "real")], "two lines\nof title", colour="guided")
+    assert isinstance(fig, Figure) and len(fig.axes) == 2 and not plt.get_fignums() and fig.get_suptitle() == "two lines\nof title"
+    assert fig.axes[1].lines[0].get_color() == COLOURS["guided"] and len(fig.axes[1].lines) == 2
+
+
+# ---------------------------------------------------------------- files
+
+def stored(path):
+    "What a file or folder holds, read without the package where that is possible."
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as f: return f["images"]
+    if path.suffix == ".png": return read_grid(path)
+    return np.stack([np.array(Image.open(p)) for p in sorted(path.iterdir())])
+
+
+@pytest.mark.parametrize("name", ["new/grid.png", "new/each", "new/array.npz", "GRID.PNG"])
+@pytest.mark.parametrize("n", [1, 3, 8, 20])
+def test_what_is_saved_is_what_to_bytes_says(name, n, tmp_path):
+    x = 1.2*images(n)
+    x[0, 0, 0, 0] = math.nan
+    path = save_images(x, str(tmp_path/name))
+    assert path == tmp_path/name and np.array_equal(stored(path.rename(path.with_suffix(path.suffix.lower()))), to_bytes(x))
+    left = [p.name for p in path.parent.iterdir()]
+    assert len(left) == 1, left   # nothing temporary
+
+
+@pytest.mark.parametrize("name", ["each", "array.npz"])
+def test_the_command_line_reads_what_is_saved(name, tmp_path):
+    from rulediff_nb.images import read_images
+    x = images(12)
+    assert torch.equal(read_images(save_images(x, tmp_path/name)).x, to_8bit(x))
+
+
+@pytest.mark.parametrize("cols,shape", [(1, (7*17 - 1, 16)), (3, (3*17 - 1, 3*17 - 1)), (8, (16, 7*17 - 1))])
+def test_one_picture_has_lines_between_the_images(cols, shape, tmp_path):
+    x = torch.ones(7, 3, 16, 16)
+    with Image.open(save_images(x, tmp_path/"x.png", cols)) as f: a = np.array(f)
+    assert a.shape == (*shape, 3) and (a == 255).all(2).sum() == 7*256 and a.min() < 60
+    assert np.array_equal(read_grid(tmp_path/"x.png"), to_bytes(x))
+
+
+@pytest.mark.parametrize("said", [None, "7 images", "7 images of 16 pixels, 4 in a row", "1 images of 99 pixels, 1 in a row"])
+def test_a_picture_that_is_no_grid_is_refused(said, tmp_path):
+    from PIL import PngImagePlugin
+    info = PngImagePlugin.PngInfo()
+    if said: info.add_text("rulediff_nb", said)
+    Image.new("RGB", (16, 16)).save(tmp_path/"x.png", pnginfo=info)
+    with pytest.raises(ValueError, match="x.png is"): read_grid(tmp_path/"x.png")
+
+
+def test_folders_of_many_images_sort(tmp_path):
+    x = torch.linspace(-1, 1, 10_001).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+    names = sorted(p.name for p in save_images(x, tmp_path/"many").iterdir())
+    assert names[0] == "00000.png" and names[-1] == "10000.png" and len(names) == 10_001
+    assert sorted(p.name for p in save_images(x[:2], tmp_path/"two").iterdir()) == ["0000.png", "0001.png"]
+
+
+def test_saving_again_replaces_and_never_mixes(tmp_path):
+    for name in ("x.png", "x.npz", "x"):
+        for x in (images(4), -images(4), images(9)): assert np.array_equal(stored(save_images(x, tmp_path/name)), to_bytes(x))
+    with pytest.raises(ValueError, match="x holds 0004.png"): save_images(images(4), tmp_path/"x")
+    (tmp_path/"x"/"mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="x holds mine.txt"): save_images(images(9), tmp_path/"x")
+    assert len(list((tmp_path/"x").iterdir())) == 10 and sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.npz", "x.png"]
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.gif", "x.txt", "run.v2"])
+def test_other_endings_are_refused_by_name(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"\.png or \.npz.*folder.*got {name}"): save_images(images(2), tmp_path/name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="no images"): save_images(images(0), tmp_path/"x.npz")
+    with pytest.raises(TypeError, match="ndarray"): save_images(to_bytes(images(2)), tmp_path/"x.npz")
+    with pytest.raises(ValueError, match="cols"): save_images(images(2), tmp_path/"x.png", 0)
+    (tmp_path/"plain").write_text("a file")
+    with pytest.raises(ValueError, match="plain is a file"): save_images(images(2), tmp_path/"plain")
+    assert [p.name for p in tmp_path.iterdir()] == ["plain"] and (tmp_path/"plain").read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.npz", "x"])
+def test_a_save_that_fails_leaves_what_was_there(name, tmp_path, monkeypatch):
+    before = to_bytes(images(4))
+    save_images(images(4), tmp_path/name)
+
+    def fails(*args, **kw): raise OSError("disk full")
+    monkeypatch.setattr(Image.Image, "save", fails), monkeypatch.setattr(np, "savez_compressed", fails)
+    with pytest.raises(OSError, match="disk full"): save_images(-images(4), tmp_path/name)
+    monkeypatch.undo()
+    assert np.array_equal(stored(tmp_path/name), before) and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+# ---------------------------------------------------------------- more figures
 
 @pytest.mark.parametrize("n", [0, 1, 3, 5, 20])
 def test_plot_panels(n):
@@ -344,6 +499,24 @@ def test_progress_hands_every_item_on(in_test, monkeypatch, capsys):
     assert list(progress(iter(range(5)), 5, "go", note=str)) == list(range(5)) and not list(progress([]))
     out, err = capsys.readouterr()
     assert not out and (not err or not in_test)
+
+
+def bar(monkeypatch, capsys, steps, *args, **kw):
+    "What a bar writes for a terminal."
+    monkeypatch.delenv("IN_TEST", raising=False), monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress(steps, *args, **kw)) == list(range(4))
+    return capsys.readouterr().err
+
+
+def test_a_bar_waits_for_its_delay(monkeypatch, capsys):
+    def slow(): yield from (time.sleep(.6*(i == 2)) or i for i in range(4))
+    assert "go" in bar(monkeypatch, capsys, range(4), 4, "go") and "go" in bar(monkeypatch, capsys, slow(), 4, "go", delay=.5)
+    assert not bar(monkeypatch, capsys, range(4), 4, "go", delay=60.).strip()
+
+
+def test_a_resumed_bar_counts_on(monkeypatch, capsys):
+    assert "96/100" in bar(monkeypatch, capsys, range(4), 100, "go", initial=96) and "0/100" in bar(monkeypatch, capsys, range(4), 100, "go")
 
 
 def test_progress_can_be_left(monkeypatch):

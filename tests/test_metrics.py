@@ -1,6 +1,8 @@
 "The metrics: every control is seen to fail with a metric that was broken on purpose; statistics against numpy and scipy."
 import json
 import math
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rulediff_nb import metrics
-from rulediff_nb.core import to_8bit
+from rulediff_nb.core import COLOURS, range_known, to_8bit
 from rulediff_nb.metrics import (
     FLOOR_SEED,
     ROWS,
@@ -30,7 +32,10 @@ from rulediff_nb.metrics import (
     real_images,
     rgb_to_hsv,
     rule_report,
+    share_interval,
     statistics,
+    task_of,
+    trained_on,
 )
 from rulediff_nb.tasks import TASKS, get_task
 
@@ -39,8 +44,9 @@ SQ = get_task("two_squares", palette="random")
 N, DRAWS = 128, 200
 FRESH, FACTORS = SQ.sample(N, 77)
 TRAIN = SQ.sample(300, 3)[0]
-KEYS = {"readable", "coarse", "rule_error", "floor", "chance", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho",
-        "r2_rule", "marginals", "memorized"}
+KEYS = {"readable", "coarse", "rule_error", "rule_gap", "error_px", "within_5", "bias", "spread", "slope", "rho", "r2_rule", "marginals",
+        "memorized"}
+WEIGHTS = Path(metrics.__file__).parent/"weights"
 
 
 def report(x, **kw): return rule_report(SQ, x, **(dict(draws=DRAWS) | kw))
@@ -74,7 +80,7 @@ def control_permuted():
     g = SQ.Factors(*permuted(SQ, f)[:len(SQ.Factors._fields)])
     r = report(SQ.render(g))
     assert abs(r.rule_gap - 1) < .25 and abs(report(SQ.sample(N, 7, violate="free")[0]).rule_gap - 1) < .3
-    assert r.rows["rule_gap"].chance == pytest.approx(1) and r.rows["rule_gap"].floor == pytest.approx(0) and r.chance > .05
+    assert r.rows["rule_gap"].chance == pytest.approx(1) and r.rows["rule_gap"].floor == pytest.approx(0) and r.rows["rule_error"].chance > .05
 
 
 def control_bias():
@@ -216,6 +222,8 @@ def test_class_distance_agrees_with_scipy(n, m, i, j):
     if 0 < i + j < n + m:
         chi = stats.chi2_contingency([[i, n - i], [j, m - j]], correction=False).statistic
         assert class_distance(x, y).item() == pytest.approx(math.sqrt(chi/(n + m)), abs=1e-9)
+        cramer = stats.contingency.association([[i, n - i], [j, m - j]], method="cramer")
+        assert class_distance(x, y).item() == pytest.approx(cramer, abs=1e-9)
     else: assert class_distance(x, y) == 0
 
 
@@ -268,11 +276,25 @@ def test_blocks_change_nothing_but_memory():
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_bootstrap_agrees_with_a_loop():
+def test_bootstrap_agrees_with_scipy():
     m = made(80, 2)
-    mine = bootstrap(m, lambda v: statistics(v, 32), 2000)["bias"].std().item()
-    rng, log = np.random.default_rng(0), (m.b/m.a).log().numpy()
-    assert mine == pytest.approx(np.std([np.median(rng.choice(log, 80)) for _ in range(2000)]), rel=.1)
+    mine = bootstrap(m, lambda v: statistics(v, 32), 2000)["bias"]
+    log = (m.b/m.a).log().numpy()
+    other = stats.bootstrap((log,), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    assert mine.std().item() == pytest.approx(other.standard_error, rel=.1)
+    assert interval(mine) == pytest.approx(tuple(other.confidence_interval), abs=.2*other.standard_error)
+
+
+@given(st.integers(1, 5000), st.floats(0, 1))
+def test_shares_agree_with_wilson(n, part):
+    "Wilson 1927: the shares p whose own standard error puts the seen share 1.96 of them away, so both ends solve one equation."
+    k, z = round(part*n), stats.norm.ppf(.975)
+    low, high = share_interval(k, n)
+    assert 0 <= low <= k/n + 1e-12 and k/n - 1e-12 <= high <= 1 and type(low) is type(high) is float
+    for p, end in ((low, 0), (high, n)):
+        if k != end: assert abs(p - k/n) == pytest.approx(z*math.sqrt(p*(1 - p)/n), rel=1e-6, abs=1e-9)
+        else: assert p == end/n
+    assert all(math.isnan(v) for v in share_interval(0, 0))
 
 
 @pytest.mark.parametrize("draws,want", [([], None), ([math.nan], None), ([1.]*9, (1., 1.)), ([math.nan, 2., math.inf], (2., 2.))])
@@ -301,7 +323,9 @@ def whole(r, n):
 def test_a_report_says_everything():
     d = whole(report(FRESH, train=TRAIN), N)
     assert all({"value", "low", "high", "floor", "chance"} <= set(v) for v in d.values())
-    for k in KEYS - {"marginals"}: assert d[k]["low"] <= d[k]["value"] <= d[k]["high"] or k in ("floor", "chance"), k
+    for k in KEYS - {"marginals"}: assert d[k]["low"] <= d[k]["value"] <= d[k]["high"], k
+    error = d["rule_error"]
+    for k in ("floor", "chance"): assert error[f"{k}_low"] <= error[k] <= error[f"{k}_high"] and error[f"{k}_low"] < error[f"{k}_high"]
     assert len(d["rule_gap"]["terciles"]) == 3 and sum(t["share"] for t in d["rule_gap"]["terciles"]) == pytest.approx(1)
     assert {"p90", "p90_floor"} <= set(d["error_px"]) and d["memorized"]["floor"] == .01 and d["marginals"]["factor"]
 
@@ -354,7 +378,7 @@ def test_images_are_rounded_to_8_bits():
 
 @pytest.mark.parametrize("bad,error,word", [
     (FRESH[:0], ValueError, "at least one"), (FRESH[:, :, :16, :16], ValueError, "32x32.*16x16"), (FRESH[0], ValueError, "shape"),
-    (FRESH.numpy(), TypeError, "Tensor"), ((FRESH + 1)/2, ValueError, "2\\*x - 1"), (FRESH*127.5 + 127.5, ValueError, "127.5"),
+    (FRESH.numpy(), TypeError, "Tensor"), (FRESH*127.5 + 127.5, ValueError, "127.5"),
     ((FRESH*127.5 + 127.5).byte(), TypeError, "uint8"), (None, TypeError, "NoneType")])
 def test_wrong_images(bad, error, word):
     with pytest.raises(error, match=word): report(bad)
@@ -362,9 +386,20 @@ def test_wrong_images(bad, error, word):
 
 @pytest.mark.parametrize("bad,error,word", [
     (TRAIN[:0], ValueError, "train|empty"), (TRAIN[:, :, :16, :16], ValueError, "32x32.*16x16"),
-    ((TRAIN + 1)/2, ValueError, "2\\*x - 1"), ((TRAIN*127.5 + 127.5).byte(), TypeError, "uint8"), (TRAIN.numpy(), TypeError, "Tensor")])
+    (TRAIN*127.5 + 127.5, ValueError, "127.5"), ((TRAIN*127.5 + 127.5).byte(), TypeError, "uint8"), (TRAIN.numpy(), TypeError, "Tensor")])
 def test_wrong_training_sets(bad, error, word):
     with pytest.raises(error, match=word): report(FRESH[:4], train=bad)
+
+
+def test_images_that_look_like_0_to_1_are_measured_with_a_warning():
+    "As what a briefly trained model draws may be; what a model is said to have drawn is in range."
+    pale = (FRESH[:16] + 1)/2
+    with pytest.warns(UserWarning, match="these 16 lie in .*2\\*x - 1") as heard: r = report(pale)
+    assert len(heard) == 1
+    with warnings.catch_warnings(action="error"):
+        with range_known(): assert report(pale) == r
+        assert rule_report(SimpleNamespace(task=SQ), pale, draws=DRAWS) == r
+    with pytest.warns(UserWarning, match="these 300 lie"): report(FRESH[:4], train=(TRAIN + 1)/2)
 
 
 @pytest.mark.parametrize("kw,error,word", [(dict(draws=0), ValueError, "draws"), (dict(draws=1.5), TypeError, "draws"),
@@ -428,3 +463,164 @@ def test_a_world_may_be_named():
     assert torch.equal(measure("two_squares", x).a, measure(get_task("two_squares"), x).a)
     for f in (rule_report, measure):
         with pytest.raises(ValueError, match="unknown task 'moon'"): f("moon", x)
+
+
+# ---------------------------------------------------------------- what is measured: a task, its name, a model
+
+class Module(torch.nn.Module):
+    "A network as far as the report knows one."
+    def __init__(self, **parts):
+        super().__init__()
+        for k, v in parts.items(): setattr(self, k, v)
+
+
+MIXED = torch.cat([TRAIN[-20:], FRESH[:20]])   # the end of the training set, which a part of it would miss
+RECIPE = SimpleNamespace(task=SQ)
+MODELS = {
+    "task and set": Module(task=SQ, trained_on=TRAIN), "task from the recipe": Module(recipe=RECIPE, trained_on=TRAIN),
+    "set on demand": Module(recipe=RECIPE, trained_on=lambda: TRAIN),
+    "task before recipe": Module(task=SQ, recipe=SimpleNamespace(task=get_task("two_circles")), trained_on=TRAIN),
+    "guided": Module(model=Module(recipe=RECIPE, trained_on=TRAIN), recipe=RECIPE),
+    "guided twice": Module(model=Module(model=Module(task=SQ, trained_on=lambda: TRAIN))), "no module": SimpleNamespace(task=SQ, trained_on=TRAIN),
+    "guided, with a set of its own": Module(model=Module(recipe=RECIPE, trained_on=TRAIN[:5]), trained_on=TRAIN)}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_a_model_stands_for_its_task_and_its_training_set(what):
+    r = rule_report(MODELS[what], MIXED, draws=DRAWS)
+    assert r == report(MIXED, train=TRAIN) and r.memorized == .5 and measure(MODELS[what], MIXED).b.equal(measure(SQ, MIXED).b)
+
+
+def test_an_explicit_training_set_wins():
+    def never(): raise AssertionError("not asked for")
+    r = rule_report(SimpleNamespace(task=SQ, trained_on=never), MIXED, train=TRAIN[:200], draws=DRAWS)
+    assert r.memorized == 0 and r == report(MIXED, train=TRAIN[:200])
+
+
+@pytest.mark.parametrize("model", [SQ, "two_squares", SimpleNamespace(task=SQ), SimpleNamespace(task=SQ, trained_on=None),
+                                   SimpleNamespace(task=SQ, trained_on=lambda: None), SimpleNamespace(recipe=RECIPE, model=None)])
+def test_without_a_known_training_set_nothing_is_compared(model):
+    r = rule_report(model, FRESH[:8], draws=DRAWS)
+    assert r.memorized is None and "not measured" in str(r) and trained_on(model) is None
+
+
+def test_a_wrong_training_set_of_a_model_is_refused():
+    for bad, error in ((TRAIN[:0], ValueError), (TRAIN.numpy(), TypeError), (TRAIN[:, :, :16, :16], ValueError)):
+        with pytest.raises(error): rule_report(SimpleNamespace(task=SQ, trained_on=bad), FRESH[:4])
+
+
+@pytest.mark.parametrize("bad,said", [
+    (None, "NoneType"), (3, "int"), (FRESH, "Tensor"), (torch.nn.Linear(2, 2), "Linear"), (type(SQ), "TwoSquares"), (["two_squares"], "list"),
+    (SimpleNamespace(task="two_squares"), "SimpleNamespace"), (SimpleNamespace(recipe=SimpleNamespace(task=None)), "SimpleNamespace")])
+def test_what_names_no_task_is_refused(bad, said):
+    for f in (lambda: rule_report(bad, FRESH[:4]), lambda: measure(bad, FRESH[:4]), lambda: task_of(bad)):
+        with pytest.raises(TypeError, match=f"a task, the name of one, or a model .*got {said}$"): f()
+
+
+def test_a_model_that_wraps_itself_ends():
+    loop = SimpleNamespace()
+    loop.model = loop
+    with pytest.raises(TypeError, match="SimpleNamespace"): task_of(loop)
+
+
+# ---------------------------------------------------------------- notes, marks, the figure
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_other_palette_is_noted(name):
+    random, fixed = (get_task(name, palette=p) for p in ("random", "fixed"))
+    xr, xf = random.sample(100, 5)[0], fixed.sample(100, 5)[0]
+    (said,) = rule_report(name, xr, draws=2).notes
+    strange, more, now = int(said.split()[0]), int(said.split("reads ")[1].split()[0]), int(said.split()[-1][:-1])
+    assert "of 100 images are refused for their colours alone" in said and "palette='random' reads" in said and strange > 70
+    assert more == int(measure(random, xr[:64]).readable.sum()) > 30 > now == int(measure(fixed, xr[:64]).readable.sum())
+    r = rule_report(random, xf, draws=2)
+    assert r.readable > .5 and f"of {round(100*r.readable)} readable images have the fixed colours: palette='fixed' reads 64 of" in r.notes[0]
+    for task, x in ((random, xr), (fixed, xf)): assert rule_report(task, x, draws=2).notes == ()
+
+
+FAULTS = {
+    "none": lambda x: x, "noise": lambda x: noise(32), "white": torch.ones_like, "not finite": lambda x: x*math.nan, "half noise": half_noise,
+    "moved": lambda x: x.roll(9, 2), "upside down": lambda x: x.flip(2), "pale": lambda x: .6 + .4*x,
+    "dark": lambda x: .6*x - .4, "blurred": lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2), "two images": lambda x: x[:2]}
+
+
+@pytest.mark.parametrize("palette", ["random", "fixed"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_images_are_no_case_of_the_other_palette(palette, fault):
+    task = SQ.with_(palette=palette)
+    assert rule_report(task, FAULTS[fault](task.sample(32, 77)[0]), draws=2).notes == ()
+
+
+def test_wrong_colours_are_noted_whatever_they_are():
+    x = SQ.with_(palette="fixed").sample(32, 77)[0]
+    assert "32 of 32 images are refused for their colours alone" in rule_report("two_squares", x.flip(1), draws=2).notes[0]   # BGR
+
+
+def test_honest_images_are_read_once(monkeypatch):
+    "A note costs a second reading, of 64 images at most; without one there is none."
+    seen, plain = [], type(SQ).features
+    monkeypatch.setattr(type(SQ), "features", lambda self, x: seen.append((self.palette, len(x))) or plain(self, x))
+    real_images(SQ, N), real_images(SQ.with_(palette="fixed"), N), seen.clear()
+    report(FRESH), report(half_noise(FRESH))
+    assert seen == [("random", N)]*2
+    rule_report("two_squares", FRESH, draws=2)
+    assert seen[2:] == [("fixed", N), ("random", 64)]
+
+
+def test_notes_stand_under_the_rows():
+    r = rule_report("two_squares", FRESH[:16], draws=DRAWS)
+    bare = RuleReport(r.task, r.n, r.rows)
+    assert len(r.notes) == 1 and str(r) == f"{bare}\nNote: {r.notes[0]}" and "Note" not in str(bare)
+    assert r._repr_html_().startswith(bare._repr_html_()) and "palette=&#x27;random&#x27;" in r._repr_html_()
+    assert r.to_dict() == bare.to_dict() and r.table() == bare.table() and set(r.to_dict()) == KEYS
+    assert "<b>" not in RuleReport(r.task, 0, {}, notes=("<b>",))._repr_html_()
+
+
+@pytest.mark.parametrize("bound,said", [(.2, "bound 0.200, worst r1"), (.05, "above bound 0.050, worst r1")])
+def test_marginals_stand_beside_their_bound(bound, said):
+    r = RuleReport(SQ.spec(), 9, {"marginals": Value(.1, None, None, 0., None, dict(factor="r1", real_high=bound))})
+    assert r.table()[1] == ("marginals", "0.100", said, "0.000", "-") and f"  {said}  " in str(r) and f"<td>{said}</td>" in r._repr_html_()
+
+
+def test_a_report_marks_marginals_above_their_bound():
+    def beside(x): return {row[0]: row[2] for row in report(x).table()}["marginals"]
+    assert beside(FRESH).startswith("bound ") and beside(FRESH[:1].expand(N, -1, -1, -1)).startswith("above bound ")
+
+
+def test_a_report_has_the_form_of_the_shipped_manifests():
+    d = report(FRESH, train=TRAIN).to_dict()
+    for path in sorted(WEIGHTS.glob("*.json")):
+        rows = json.loads(path.read_text())["report"]["rows"]
+        assert list(rows) == list(d) and all(list(rows[k]) == list(d[k]) for k in d), path.name
+
+
+def test_plot():
+    r = report(half_noise(FRESH), train=TRAIN)
+    fig = r.plot("images", "guided")
+    left, right = fig.axes
+    assert [t.get_text() for t in left.get_legend().get_texts()] == [f"real, {N} of {N}", f"images, {N//2} of {N}"]
+    ends = {line.get_label().split(",")[0]: line.get_ydata()[-1] for line in right.lines}
+    assert ends == {"images": .5, "real": 1, "no rule": 1} and right.lines[0].get_color() == COLOURS["guided"]
+    middle = right.lines[1].get_xdata()[np.searchsorted(right.lines[1].get_ydata(), .5)]
+    assert middle == pytest.approx(max(r.rows["error_px"].floor, 1e-3), rel=.05)
+    said = fig.get_suptitle()
+    assert "two_squares random" in said
+    assert all(f"{v:.3f}" in said for v in (r.rule_gap, r.rows["rule_gap"].low, r.readable, r.marginals, r.memorized))
+
+
+@pytest.mark.parametrize("x", [noise(9), FRESH[:1], FRESH[:2]])
+def test_anything_can_be_plotted(x): assert len(report(x).plot().axes) == 2 and "not measured" in report(x).plot().get_suptitle()
+
+
+def test_a_plot_needs_images_and_survives_a_pickle():
+    import pickle
+    r = report(FRESH[:8])
+    assert len(pickle.loads(pickle.dumps(r)).plot().axes) == 2
+    with pytest.raises(ValueError, match="no images to plot"): RuleReport(r.task, r.n, r.rows).plot()
+
+
+def test_a_task_by_name_and_the_task_of_a_model_agree():
+    x = get_task("sun_shadow_free").sample(24, 3)[0]
+    model = SimpleNamespace(recipe=SimpleNamespace(task=TASKS["sun_shadow_free"]))
+    a, b = (rule_report(v, x, draws=DRAWS) for v in ("sun_shadow_free", model))
+    assert a == b and a.task["palette"] == "fixed" and a.readable > .9
