@@ -49,7 +49,8 @@ def _pair(
     return [load_pretrained(name, device=d) for d in ('cpu', device)]
 
 def same_noise(
-    row:Part, device:torch.device, # which part, and where
+    row:Part,            # which part
+    device:torch.device, # where
 )->dict[str,float]:                # must be 0
     "Noise drawn for a device, bit by bit against the CPU's."
     a, b = (row_noise(5, range(row.n), (3, 32, 32), device=d) for d in ('cpu', device))
@@ -57,7 +58,8 @@ def same_noise(
     return dict(value=float((a != b.cpu()).sum()), allowed=0., more=float((steps[0] == steps[1]).all()))
 
 def same_reading(
-    row:Part, device:torch.device, # which part, and where
+    row:Part,            # which part
+    device:torch.device, # where
 )->dict[str,float]:                # largest difference of log(b/a), and what is allowed
     "The ruler on the device against the ruler on the CPU."
     t = get_task('sun_shadow_free')
@@ -67,14 +69,16 @@ def same_reading(
     return dict(value=off, allowed=2e-3, more=float((a.readable != b.readable.cpu()).sum()))
 
 def same_samples(
-    row:Part, device:torch.device, # which part, and where
+    row:Part,            # which part
+    device:torch.device, # where
 )->dict[str,float]:                # largest difference of a pixel
     "Ten steps in float32 on both devices, from the same noise."
     a, b = (sample(m, min(row.n, 16), 10, 0., 1).cpu() for m in _pair('two_circles', device))
     return dict(value=(a - b).abs().max().item(), allowed=2e-2, more=(a - b).abs().mean().item())
 
 def same_training(
-    row:Part, device:torch.device, # which part, and where
+    row:Part,            # which part
+    device:torch.device, # where
 )->dict[str,float]:                # relative difference of the loss after five steps
     "Five steps in float32 on both devices."
     x0, losses = get_task('two_squares').sample(256, 0)[0], []
@@ -84,7 +88,8 @@ def same_training(
     return dict(value=max(abs(a - b)/a for a, b in zip(*losses)), allowed=1e-2, more=losses[1][-1])
 
 def low_precision(
-    row:Part, device:torch.device, # which part, and where
+    row:Part,            # which part
+    device:torch.device, # where
 )->dict[str,float]:                # paired difference of rule error, its interval's larger end
     "Samples under bfloat16 autocast against float32's, the same rows of noise: rule_error's difference over chance."
     model = load_pretrained('sun_shadow_free', device=device)

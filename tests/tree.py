@@ -47,7 +47,7 @@ def directives(cell):
 
 def modules():
     "Module name -> path, for the modules that notebooks export."
-    return {p.stem: p for p in sorted(LIB.glob("*.py")) if p.stem not in ("__init__", "_modidx", "all")}
+    return {p.stem: p for p in sorted(LIB.glob("*.py")) if p.stem not in ("__init__", "__main__", "_modidx", "all")}
 
 
 def toml(): return tomllib.loads((ROOT/"pyproject.toml").read_text(encoding="utf-8"))
