@@ -173,8 +173,8 @@ class RuleUNet(ModelMixin, ConfigMixin):
         recipe:dict, # `Recipe.to_dict()`
     ):
         super().__init__()
-        r = Recipe.from_dict(dict(recipe))
-        self.recipe = r
+        self.recipe = r = Recipe.from_dict(dict(recipe))
+        if r.task is None: raise ValueError("the recipe names no task")
         self.register_buffer('abar', r.schedule().alphas_cumprod, persistent=False)
         names = [('AttnDownBlock2D', 'AttnUpBlock2D') if a else ('DownBlock2D', 'UpBlock2D') for a in r.attention]
         self.net = UNet2DModel(
@@ -208,6 +208,24 @@ class RuleUNet(ModelMixin, ConfigMixin):
         super()._apply(fn, recurse)
         self.abar = exact.to(self.abar.device)
         return self
+
+    @property
+    def task(self)->Task: # the recipe's
+        "The task that its images are of."
+        return self.recipe.task
+
+    @property
+    def trained_on(self)->Tensor|None: # (N,3,s,s) in [-1,1]; None: not known
+        "The training set, drawn again where only its seed is known."
+        known = self.__dict__.get('_trained_on')
+        return known() if callable(known) else known
+
+    @trained_on.setter
+    def trained_on(self,
+        x0:Tensor|Callable[[],Tensor]|None, # the training set, or what draws it
+    ):
+        "Remember the training set: a reference, no copy."
+        self.__dict__['_trained_on'] = x0
 
     def condition(self,
         xt:Tensor, # (n,3,s,s)

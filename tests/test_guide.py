@@ -120,7 +120,7 @@ def test_a_classifier_of_something_else_is_refused_by_name(change, said):
     (lambda: ClassifierGuidance(clf(), 1.), TypeError, "label"), (lambda: RegressorGuidance(clf()), ValueError, "classifier"),
     (lambda: ClassifierGuidance(clf(classes=0, conditions=1)), ValueError, "regressor"),
     (lambda: guided(torch.nn.Linear(2, 2), clf()), TypeError, "recipe"),
-    (lambda: guided(net(), lambda x: x), TypeError, "Pull"), (lambda: classifier_free(net()), ValueError, "without class labels"),
+    (lambda: guided(net(), lambda x: x), TypeError, "Guidance"), (lambda: classifier_free(net()), ValueError, "without class labels"),
     (lambda: classifier_free(net(classes=3, label_drop=.1), 3), ValueError, r"\[0,3\)"),
     (lambda: classifier_free(net(classes=3, label_drop=.1), 1, math.nan), ValueError, "finite"),
     (lambda: classifier_free(net(classes=3, label_drop=0.)), ValueError, "label_drop"),
@@ -148,7 +148,7 @@ def test_half_precision_and_labels():
     for a, b in zip(full, half): assert b.dtype == torch.bfloat16 and b.isfinite().all() and (a - b.float()).abs().median() < .05
 
 
-@pytest.mark.parametrize("kind", ["Towards", "Regressed", "CleanGuidance"])
+@pytest.mark.parametrize("kind", ["ClassifierGuidance", "RegressorGuidance", "CleanGuidance"])
 def test_what_pulls_is_climbed(kind):
     "A small step along the pull raises the log probability by about the step times the pull's squared length."
     m, c, x, t = net(), clf(), row_noise(3, range(4), (3, 32, 32)), torch.tensor([5, 100, 400, 900])
@@ -156,7 +156,8 @@ def test_what_pulls_is_climbed(kind):
     sure = r(x, t)[:, 1].exp().detach()   # held fixed
     def x0(v): return solve(v, m.predict(v, t), t, m.abar, "v_prediction").x0.clamp(-1, 1)
     pull, log_p = dict(
-        Towards=(ClassifierGuidance(c, 2), lambda v: c(v, t).log_softmax(1)[:, 2]), Regressed=(RegressorGuidance(r), lambda v: -.5*r(v, t)[:, 0]**2/sure),
+        ClassifierGuidance=(ClassifierGuidance(c, 2), lambda v: c(v, t).log_softmax(1)[:, 2]),
+        RegressorGuidance=(RegressorGuidance(r), lambda v: -.5*r(v, t)[:, 0]**2/sure),
         CleanGuidance=(CleanGuidance(c, 2), lambda v: c(x0(v), torch.zeros_like(t)).log_softmax(1)[:, 2]))[kind]
     g = pull(m, x, t)
     step = 1e-2/g.flatten(1).norm(dim=1)
@@ -185,7 +186,7 @@ def test_a_gradient_of_another_shape_is_refused(g):
 
 @pytest.mark.parametrize("make", [ShuffledGuidance, lambda c: Guided(net(), c, 1.)])
 def test_what_pulls_is_a_pull(make):
-    with pytest.raises(TypeError, match="Towards"): make(clf())
+    with pytest.raises(TypeError, match="ClassifierGuidance"): make(clf())
 
 
 def test_a_gradient_that_is_not_finite_pulls_nothing():

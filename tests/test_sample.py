@@ -1,15 +1,15 @@
 "Sampling: the exact denoiser, rows that belong to (seed, i), diffusers' schedulers, weights that load or are refused by name."
-import csv
+import copy
 import json
 import shutil
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
 import pytest
-import sampling as script
 import torch
 from diffusers import (
     DDIMPipeline,
@@ -22,26 +22,34 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.utils import hub_utils
-from tree import ROOT, clean_env
+from tree import clean_env
 
 from rulediff_nb import sample as sampling
 from rulediff_nb import store
 from rulediff_nb.core import row_noise
-from rulediff_nb.metrics import nearest
+from rulediff_nb.metrics import Measured, measure, nearest, real_images, rule_report
 from rulediff_nb.sample import (
+    FEW,
     WEIGHTS,
     Denoised,
     ExactDenoiser,
+    InPrecision,
+    Setting,
+    Shipped,
     as_pipeline,
+    bf16_gains,
+    check_precision,
     ddim,
     load_pretrained,
     misfit,
+    paired_gap,
     sample,
     sample_batches,
     sample_steps,
 )
 from rulediff_nb.schedule import add_noise, amplitudes, solve
 from rulediff_nb.store import StoreError, list_releases, save_release
+from rulediff_nb.table import KEPT, STUDIES, Work, results
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.unet import RuleUNet, recipe, unet
 
@@ -75,16 +83,16 @@ def test_the_same_seed_gives_the_same_bits(eta):
 def test_a_row_does_not_know_its_batch(prediction, eta):
     m = net(prediction)
     bound = 5e-3 if (prediction, eta) == ("epsilon", 0.) else 1e-3   # x0_hat from epsilon divides by sqrt(abar) = .006 at the last timestep
-    whole = sample(m, 64, steps=10, seed=3, eta=eta)
-    for i in (0, 7, 63): assert (list(sample_steps(m, [i], 10, eta, 3))[-1].x.clamp(-1, 1)[0] - whole[i]).abs().max() <= bound
+    whole = sample(m, 64, steps=10, seed=3, eta=eta, precision="fp32")
+    for i in (0, 7, 63): assert (list(sample_steps(m, [i], 10, eta, 3, precision="fp32"))[-1].x.clamp(-1, 1)[0] - whole[i]).abs().max() <= bound
     for batch in (1, 8):
-        assert (sample(m, 8, steps=10, seed=3, eta=eta, batch=batch) - whole[:8]).abs().max() <= bound
+        assert (sample(m, 8, steps=10, seed=3, eta=eta, batch=batch, precision="fp32") - whole[:8]).abs().max() <= bound
 
 
 def test_later_rows_are_the_same_rows():
     m, y = net(classes=3), torch.arange(12) % 3
-    whole = sample(m, 12, steps=5, seed=3, eta=1., y=y)
-    for batch in (2, 64): assert (sample(m, 5, 5, 1., 3, batch=batch, y=y[4:9], first=4) - whole[4:9]).abs().max() < 1e-3
+    whole = sample(m, 12, steps=5, seed=3, eta=1., y=y, precision="fp32")
+    for batch in (2, 64): assert (sample(m, 5, 5, 1., 3, batch=batch, y=y[4:9], first=4, precision="fp32") - whole[4:9]).abs().max() < 1e-3
 
 
 def test_neighbouring_seeds_share_no_image():
@@ -153,7 +161,7 @@ def test_ddim_is_diffusers(prediction, betas, schedule, steps):
     s = DDIMScheduler(num_train_timesteps=r.T, beta_start=r.beta_start, beta_end=r.beta_end, beta_schedule=schedule,
                       prediction_type=prediction, timestep_spacing="trailing", clip_sample=True)
     x = row_noise(4, range(3), (3, 16, 16), 20)
-    assert (library_loop(m, x, s, steps) - sample(m, 3, steps=steps, seed=4)).abs().max() < 1e-5
+    assert (library_loop(m, x, s, steps) - sample(m, 3, steps=steps, seed=4, precision="fp32")).abs().max() < 1e-5
 
 
 def test_ddim_starts_at_the_last_level():
@@ -171,9 +179,9 @@ def test_other_schedulers(kind, prediction):
     m = net(prediction)
     s = kind.from_config(m.recipe.schedule().config)
     before = dict(s.config)
-    a = sample(m, 4, steps=8, seed=2, scheduler=s)
-    assert a.isfinite().all() and torch.equal(a, sample(m, 4, steps=8, seed=2, scheduler=s)) and dict(s.config) == before
-    assert (sample(m, 4, steps=8, seed=2, scheduler=s, batch=1) - a).abs().max() < 1e-3
+    a = sample(m, 4, steps=8, seed=2, scheduler=s, precision="fp32")
+    assert a.isfinite().all() and torch.equal(a, sample(m, 4, steps=8, seed=2, scheduler=s, precision="fp32")) and dict(s.config) == before
+    assert (sample(m, 4, steps=8, seed=2, scheduler=s, batch=1, precision="fp32") - a).abs().max() < 1e-3
     fresh = kind.from_config(m.recipe.schedule().config)
     fresh.set_timesteps(8)
     x = row_noise(2, range(4), (3, 16, 16), 20)*fresh.init_noise_sigma
@@ -401,7 +409,7 @@ def test_a_step_that_blows_differences_up_is_refused(name, steps):
     ("DDIM", dict(trained_betas=[.01]*1000)), ("DDIM", dict(trained_betas=[.01]*10))])
 @pytest.mark.parametrize("steps", [10, 50])
 def test_these_are_refused_by_name(name, kw, steps):
-    with pytest.raises(ValueError, match=f"{name}Scheduler (does not|has other)"): sample(NET, 1, steps, scheduler=make(name, **kw))
+    with pytest.raises(ValueError, match=f"{name}Scheduler (does not|has another)"): sample(NET, 1, steps, scheduler=make(name, **kw))
 
 
 def test_a_scheduler_that_is_no_use_in_few_steps_is_refused():
@@ -479,7 +487,7 @@ def test_stock_pipelines_draw_our_images(prediction, tmp_path):
     def noise(shape, **kw): return row_noise(4, range(shape[0]), shape[1:], 20)
     with mock.patch("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", noise):
         x = pipe(batch_size=3, num_inference_steps=7, output_type="pt").images*2 - 1
-    assert (x - sample(m, 3, steps=7, seed=4)).abs().max() < 1e-5
+    assert (x - sample(m, 3, steps=7, seed=4, precision="fp32")).abs().max() < 1e-5
     y = quiet(DDPMPipeline.from_pretrained(tmp_path))(batch_size=2, num_inference_steps=7, output_type="pt").images
     assert y.shape == (2, 3, 16, 16) and y.isfinite().all()
     assert RuleUNet.from_pretrained(tmp_path, subfolder="unet").recipe == m.recipe
@@ -514,32 +522,185 @@ def test_pushing_sends_a_folder_that_loads(whole, tmp_path, monkeypatch):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in NET.state_dict().items())
 
 
-# ---------------------------------------------------------------- the stored table
+# ---------------------------------------------------------------- precision
 
-STORED = ROOT/"results/sampling/sampling.csv"
+class Asked(torch.nn.Module):
+    "A model around a model that wants a gradient of it too, as guidance does; it notes in what precision each was computed."
+    def __init__(self, model, broken=False):
+        super().__init__()
+        self.model, self.recipe, self.broken, self.seen = model, model.recipe, broken, []
+        model.net.conv_out.register_forward_hook(lambda m, x, out: self.seen.append((torch.is_grad_enabled(), out.dtype)))
+
+    def predict(self, xt, t, y=None):
+        out = self.model.predict(xt, t)
+        if self.broken: raise RuntimeError("broken")
+        with torch.enable_grad():
+            x = xt.detach().requires_grad_()
+            g, = torch.autograd.grad(self.model.predict(x, t).square().sum(), x)
+        assert g.abs().max() > 0 and g.dtype == torch.float32 and not torch.is_autocast_enabled(xt.device.type)
+        return out + 0*g
 
 
-@pytest.mark.skipif(not STORED.exists(), reason="no results/sampling/sampling.csv")
-def test_the_stored_table_is_sound():
-    rows = list(csv.DictReader(STORED.read_text().splitlines()))
-    known, keys = {script.key(s._asdict()) for s in script.settings(("sun_shadow", "two_squares"), 256)}, {script.key(r) for r in rows}
-    assert keys <= known and len(keys) == len(rows) and {r["schema"] for r in rows} == {"1"}
-    for r in rows:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_only_the_network_is_halved_and_no_gradient(precision):
+    m = Asked(net())
+    x = sample(m, 3, 4, 1., precision=precision)
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert m.seen == [(False, half), (True, torch.float32)]*4 and x.dtype == torch.float32
+    assert "forward" not in vars(m.model.net) and all(p.dtype == torch.float32 for p in m.parameters())
+
+
+def test_a_network_is_as_before_after_an_error():
+    m = Asked(net(), broken=True)
+    with pytest.raises(RuntimeError, match="broken"): sample(m, 2, 2, precision="bf16")
+    assert "forward" not in vars(m.model.net)
+
+
+def test_noise_and_the_schedulers_arithmetic_stay_float32(monkeypatch):
+    seen, step, m = [], DDIMScheduler.step, net("epsilon")   # without preconditioning the network's output is the prediction
+
+    def noted(self, out, t, x, **kw):
+        seen.append((out.dtype, x.dtype, kw["variance_noise"].dtype if "variance_noise" in kw else torch.float32))
+        if len(seen) == 1: assert torch.equal(x, row_noise(5, range(3), (3, 16, 16), 20))
+        return step(self, out, t, x, **kw)
+    monkeypatch.setattr(DDIMScheduler, "step", noted)
+    sample(m, 3, 4, 1., 5, precision="bf16")
+    assert len(seen) == 4 and {d for s in seen for d in s} == {torch.float32}
+
+
+def test_bf16_draws_nearly_the_same_images():
+    a, b = (sample(NET, 20, 10, 1., 3, precision=p) for p in ("fp32", "bf16"))
+    assert 1e-5 < (a - b).abs().max() and (a - b).abs().amax((1, 2, 3)).median() < .1
+    assert torch.equal(b, sample(NET, 20, 10, 1., 3, precision="bf16"))
+    assert torch.equal(list(sample_steps(NET, range(20), 10, 1., 3, precision="bf16"))[-1].x.clamp(-1, 1), b)
+
+
+def test_the_default_precision_is_bf16_where_it_gains(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sampling, "bf16_gains", lambda device: asked.append(device) or True)
+    assert check_precision(NET, None, FEW) == [NET.net] and not check_precision(NET, None, FEW - 1)
+    assert not check_precision(net().to(torch.bfloat16), None, FEW) and not check_precision(exact(), None, FEW)
+    assert not check_precision(NET, "fp32", FEW) and check_precision(NET, "bf16", 1) == [NET.net]
+    assert torch.equal(sample(NET, FEW, 3), sample(NET, FEW, 3, precision="bf16"))
+    assert torch.equal(sample(NET, FEW, 3, batch=2), sample(NET, FEW, 3, batch=2, precision="fp32"))
+    monkeypatch.setattr(sampling, "bf16_gains", lambda device: False)
+    assert not check_precision(NET, None, FEW) and torch.equal(sample(NET, FEW, 3), sample(NET, FEW, 3, precision="fp32"))
+    assert {d.type for d in asked} == {"cpu"}
+
+
+@pytest.mark.parametrize("have,gains", [(dict(avx512_bf16=True), True), (dict(avx512_bf16=False), False), ({}, False)])
+def test_where_bf16_gains(have, gains, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
+    assert bf16_gains(torch.device("cpu")) is gains and not bf16_gains(torch.device("cuda")) and not bf16_gains(torch.device("mps"))
+
+
+def test_an_older_torch_that_cannot_tell_stays_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not bf16_gains(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "", 16, True])
+def test_unknown_precisions(precision):
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=f"must be 'fp32', 'bf16' or None, got {precision!r}"): sample(NET, n, 2, precision=precision)
+
+
+def test_bf16_without_a_network_is_refused():
+    with pytest.raises(ValueError, match="ExactDenoiser holds no network"): sample(exact(), 2, 2, precision="bf16")
+
+
+# ---------------------------------------------------------------- a bar
+
+@pytest.mark.parametrize("progress,notebook,delay", [(None, True, 5.), (None, False, None), (True, False, 0.), (True, True, 0.), (False, True, None)])
+def test_who_sees_a_bar(progress, notebook, delay, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampling, "IN_NOTEBOOK", notebook)
+    monkeypatch.setattr(sampling, "progress_bar", lambda steps, total, label, delay: seen.append((total, delay, v := list(steps))) or v)
+    x = sample(NET, 5, 3, batch=2, progress=progress)
+    assert torch.equal(x, sample(NET, 5, 3, batch=2, progress=False))
+    assert [d for _, d, _ in seen] == ([] if delay is None else [delay]) and all(total == len(v) for total, _, v in seen)
+
+
+@pytest.mark.parametrize("test", ["", "1"])
+def test_a_bar_is_drawn_unless_notebooks_are_tested(test, monkeypatch, capsys):
+    monkeypatch.setenv("IN_TEST", test)
+    sample(NET, 3, 3, progress=True)
+    assert bool(capsys.readouterr().err) == (not test)
+
+
+# ---------------------------------------------------------------- the studies
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name,row", [("sampling", Setting), ("precision", InPrecision)])
+def test_the_plan_is_the_stored_table(name, row):
+    study, df = STUDIES[name], results(name)
+    assert study.plan(False) == [row(*r) for r in df[list(row._fields)].itertuples(index=False)]
+    r = study.plan(True)[0]
+    line = study.measure(r, Work((Shipped(r.task, r.palette).load(None, CPU),), CPU))
+    assert list(line) == [c for c in df if c not in (*row._fields, *KEPT)] and study.needs(r) == (Shipped(r.task, r.palette),)
+
+
+def test_the_stored_tables_are_sound():
+    for name, same in (("sampling", dict(scheduler="DDIM", steps=50, eta=1., clip=True)), ("precision", dict(precision="fp32"))):
+        df = results(name)
         for k in ("rule_gap", "readable", "coarse", "diff"):
-            assert float(r[f"{k}_low"]) - 1e-6 <= float(r[k]) <= float(r[f"{k}_high"]) + 1e-6
-        assert float(r["rule_gap_floor"]) == 0 and abs(float(r["rule_gap_chance"]) - 1) < 1e-5
-        if (r["scheduler"], r["steps"], float(r["eta"]), r["clip"]) == ("DDIM", "50", 1., "True"): assert float(r["diff"]) == 0
+            assert (df[f"{k}_low"] <= df[k] + 1e-6).all() and (df[k] <= df[f"{k}_high"] + 1e-6).all(), (name, k)
+        assert (df.rule_gap_floor == 0).all() and (df.rule_gap_chance - 1).abs().max() < 1e-5
+        of_itself = (df[list(same)] == list(same.values())).all(axis=1)
+        assert of_itself.sum() >= 2 and (df["diff"][of_itself] == 0).all() and (df["diff"][~of_itself] != 0).all(), name
 
 
-def test_the_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    s, drawn = script.settings(("two_squares",), 4)[:3], []
-    shipped = SimpleNamespace(recipe=NET.recipe, manifest=dict(images_in_set=64, set_seed=0, sha256="f"*64))
-    monkeypatch.setattr(script, "load_pretrained", lambda *a: shipped)
-    monkeypatch.setattr(script, "draw", lambda model, s, batch: drawn.append(s) or (TASK.sample(s.n, 1)[0], 1.))
-    rows = list(script.lines(s, 4, set()))
-    assert drawn == s and [r["nfe"] for r in rows] == [50, 5, 10] and rows[0]["diff"] == 0 and abs(rows[0]["rule_gap"]) < .05
-    again = list(script.lines(s, 4, {script.key(r) for r in csv.DictReader(script.to_csv(rows[:2]).splitlines())}))
-    assert [script.key(r) for r in again] == [script.key(rows[2])] and drawn[3:] == [s[0], s[2]]   # the reference is drawn again
+def test_a_paired_difference():
+    real = real_images(TASK, 64)
+    off = Measured(*(v.clone() for v in real.floor))
+    off.b[:16] *= 1.2
+    a, b = paired_gap(TASK, off, real.floor), paired_gap(TASK, real.floor, off)
+    assert a["diff"] == -b["diff"] > 0 and (a["diff_low"], a["diff_high"]) == (-b["diff_high"], -b["diff_low"])
+    assert 0 < a["diff_low"] < a["diff"] < a["diff_high"] and paired_gap(TASK, off, off) == dict(diff=0., diff_low=0., diff_high=0.)
+
+
+def test_pairing_makes_the_interval_narrower():
+    "Rows that share most of their error: against other rows of the same kind the interval is much wider."
+    x = TASK.sample(128, 3)[0]
+    m = measure(TASK, (x + .1*row_noise(1, range(128), x.shape[1:])).clamp(-1, 1))
+    worse = m._replace(b=m.b*1.001)
+    def width(d): return d["diff_high"] - d["diff_low"]
+    assert width(paired_gap(TASK, worse, m)) < .5*width(paired_gap(TASK, worse, Measured(*(v.flip(0) for v in m))))
+
+
+def test_a_setting_is_compared_with_the_reference_of_its_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sampling, "_reference", lambda row, device: asked.append(row) or measure(net_task, x))
+    net_task = get_task("two_squares", palette="fixed")
+    x = net_task.sample(8, 1)[0]
+    monkeypatch.setattr(sampling, "sample", lambda *a, **kw: x)
+    row = Setting("two_squares", "fixed", "DDPM", 20, 0., False, 8)
+    line = sampling._measure_setting(row, Work((SimpleNamespace(recipe=recipe("laptop", net_task), task=net_task, trained_on=None),), CPU))
+    assert asked == [Setting("two_squares", "fixed", "DDIM", 50, 1., True, 8)] and line["nfe"] == 20 and line["diff"] == 0
+    assert line["memorized"] is None and line["seed"] == sampling.SAMPLING_SEED
+
+
+@pytest.mark.parametrize("name,steps,nfe", [("DDIM", 10, 10), ("KDPM2Discrete", 11, 21), ("PNDM", 20, 29)])
+def test_network_evaluations_of_a_scheduler(name, steps, nfe):
+    s = sampling._scheduler(Setting("two_squares", "fixed", name, steps, 0., False, 8), NET.recipe)
+    s.set_timesteps(steps)
+    assert len(s.timesteps) == nfe and (name != "DDIM" or s.config.clip_sample is False)
+
+
+def test_a_pair_is_drawn_in_both_precisions(monkeypatch):
+    asked = []
+
+    def drawn(model, n, steps, eta, seed, scheduler, batch, y, first, precision, progress):
+        asked.append((precision, first, n))
+        return torch.cat([TASK32.sample(n, 40 + first)[0]])
+    TASK32, draw = get_task("two_squares", palette="fixed"), sampling._draw_pair.__wrapped__
+    monkeypatch.setattr(sampling, "sample", lambda m, n, *a, **kw: drawn(m, n, *a) if a[1:] else None)
+    monkeypatch.setattr(sampling, "load_pretrained", lambda *a, **kw: SimpleNamespace(task=TASK32))
+    d = draw(InPrecision("two_squares", "fixed", "bf16", 10, 2, 0., 9), CPU, 4)
+    assert asked == [(p, first, min(4, 10 - first)) for first in (0, 4, 8) for p in ("fp32", "bf16")]
+    assert {k: len(v) for k, v in d.seconds.items()} == dict(fp32=3, bf16=3) and all(len(v.a) == 10 for v in d.measured.values())
 
 
 # ---------------------------------------------------------------- weights
@@ -557,9 +718,10 @@ def test_weights_round_trip(tmp_path):
     assert (sample(again, 2, steps=5) - sample(m, 2, steps=5)).abs().max() < .05
 
 
-@pytest.mark.parametrize("name", ["", "squares", "two_squares-fixed", None])
-def test_unknown_names_list_the_known_ones(name, tmp_path):
-    with pytest.raises(ValueError, match="sun_shadow, .*two_squares"): load_pretrained(name, folder=tmp_path)
+@pytest.mark.parametrize("name,near", [("", ""), ("squares", "two_squares"), ("two_squares-fixed", "two_squares"), (None, ""), (3, "")])
+def test_unknown_names_list_the_known_ones(name, near, tmp_path):
+    said = f", did you mean '{near}'[?]" if near else ""
+    with pytest.raises(ValueError, match=f"unknown task {name!r}{said}; known: sun_shadow, .*two_squares"): load_pretrained(name, folder=tmp_path)
 
 
 def test_missing_weights_list_what_is_there(tmp_path):
@@ -567,6 +729,118 @@ def test_missing_weights_list_what_is_there(tmp_path):
     shipped(tmp_path)
     for kw in (dict(name="two_circles"), dict(name="two_squares", palette="random"), dict(name="two_squares", palette="sepia")):
         with pytest.raises(StoreError, match="there are: two_squares-fixed"): load_pretrained(folder=tmp_path, **kw)
+    with pytest.raises(StoreError, match="no weights 'two_squares-fixd'.*did you mean 'two_squares-fixed'"):
+        load_pretrained("two_squares", "fixd", tmp_path)
+
+
+def test_a_path_loads_what_stands_there(tmp_path, monkeypatch):
+    m = shipped(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    rel = tmp_path.name
+    for path in (tmp_path, str(tmp_path), rel, f"{rel}/two_squares-fixed.json", tmp_path/"two_squares-fixed.safetensors"):
+        again = load_pretrained(path, "random")   # a path needs no palette
+        assert again.recipe == m.recipe and all(torch.equal(p.half().float(), q) for p, q in zip(m.parameters(), again.parameters()))
+    monkeypatch.chdir(tmp_path)
+    assert load_pretrained("two_squares-fixed.json").recipe == m.recipe
+
+
+def test_a_file_of_any_name_loads_by_its_path(tmp_path):
+    shipped(tmp_path, "mine")
+    assert load_pretrained(tmp_path).task == load_pretrained(tmp_path/"mine.json").task == TASK
+    with pytest.raises(StoreError, match="no weights 'two_squares-fixed'.*there are: mine"): load_pretrained("two_squares", folder=tmp_path)
+
+
+def test_a_folder_that_is_called_like_a_task_is_not_taken_for_it(tmp_path, monkeypatch):
+    (tmp_path/"two_squares").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_pretrained("two_squares").manifest["steps"] > 1
+    with pytest.raises(StoreError, match="must hold the weights of one model, it holds 0: none"): load_pretrained("./two_squares")
+
+
+def test_a_path_that_is_not_clear_says_what_there_is(tmp_path):
+    with pytest.raises(StoreError, match="it holds 0: none"): load_pretrained(tmp_path)
+    with pytest.raises(StoreError, match="no folder .*gone"): load_pretrained(tmp_path/"gone")
+    shipped(tmp_path)
+    with pytest.raises(StoreError, match="no weights 'two_square-fixed'.*did you mean 'two_squares-fixed'"):
+        load_pretrained(tmp_path/"two_square-fixed.safetensors")
+    (tmp_path/"checkpoint.safetensors").write_bytes(b"")   # a run's: no weights to ship
+    with pytest.raises(StoreError, match="no weights 'checkpoint'.*there are: two_squares-fixed"):
+        load_pretrained(tmp_path/"checkpoint.safetensors")
+    shipped(tmp_path, "two_squares-random")
+    with pytest.raises(StoreError, match="it holds 2: two_squares-fixed, two_squares-random; name one, such as .*two_squares-fixed.safetensors"):
+        load_pretrained(tmp_path)
+
+
+def old_weights(folder, name="two_circles-pure"):
+    "As version 0.1 wrote them."
+    m = unet("laptop", get_task("two_circles", palette="fixed", size=16), 0, **SMALL)
+    r = m.recipe.to_dict()
+    r = {k: v for k, v in r.items() if k not in ("sigma_data", "posterior_mean")} | dict(contrast=.3, exact_target=True)
+    r["task"] = r["task"] | dict(palette="pure")
+    save_release(folder, name, m.state_dict(), dict(recipe=r, seed=0, set_seed=0, steps=1, images_in_set=4))
+
+
+@pytest.mark.parametrize("args", [("two_circles",), ("two_circles", "random"), ("two_circles", "paper")])
+def test_weights_of_version_0_1_say_what_to_do(args, tmp_path):
+    old_weights(tmp_path)
+    with pytest.raises(StoreError, match="two_circles-pure.*version 0.1.*train again, or use rulediff_nb 0.1") as e:
+        load_pretrained(*args, folder=tmp_path)
+    assert ("'paper' is called 'random'" in str(e.value)) == ("paper" in args) and "did you mean" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["two_circles-pure", "two_circles-fixed"])
+def test_recipes_of_version_0_1_say_what_to_do(name, tmp_path):
+    old_weights(tmp_path, name)
+    for path in (tmp_path, tmp_path/f"{name}.json"):
+        with pytest.raises(StoreError, match=f"{name}.*before version 0.2.*contrast, exact_target; train again, or use"): load_pretrained(path)
+
+
+def test_the_old_name_of_a_palette_is_explained():
+    for old, new in dict(pure="fixed", paper="random").items():
+        with pytest.raises(StoreError, match=f"palette '{old}' is called '{new}'"): load_pretrained("two_circles", old)
+
+
+# ---------------------------------------------------------------- what a model was trained on
+
+def test_a_loaded_model_draws_its_training_set_again(monkeypatch):
+    drawn, draw = [], type(TASKS["two_squares"]).sample
+    monkeypatch.setattr(type(TASKS["two_squares"]), "sample", lambda self, n, seed, **kw: drawn.append((n, seed)) or draw(self, n, seed, **kw))
+    sampling._training_set.cache_clear()
+    m = load_pretrained("two_squares")
+    assert m.task == get_task("two_squares", palette="fixed") and not drawn   # not before it is asked for
+    x = m.trained_on
+    assert drawn == [(2000, 0)] and torch.equal(x, draw(m.task, 2000, 0)[0]) and m.trained_on is x and len(drawn) == 1
+
+
+def test_a_training_set_with_other_bits_warns(tmp_path):
+    m = net()
+    for sha, warns in (("0"*64, True), (store.content_hash(dict(x0=TASK.sample(4, 3)[0]), {}), False)):
+        save_release(tmp_path, "a", m.state_dict(), dict(recipe=m.recipe.to_dict(), set_seed=3, images_in_set=4, images_sha256=sha))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert torch.equal(load_pretrained(tmp_path).trained_on, TASK.sample(4, 3)[0])
+        assert [str(w.message) for w in said if "other bits" in str(w.message)] != [] if warns else not said
+
+
+def test_what_a_model_was_trained_on_may_be_unknown(tmp_path):
+    assert net().trained_on is None and net().task == TASK
+    m = net()
+    save_release(tmp_path, "a", m.state_dict(), dict(recipe=m.recipe.to_dict()))
+    assert load_pretrained(tmp_path).trained_on is None
+    assert exact().task == TASK and exact().trained_on is X0
+
+
+def test_a_training_set_is_neither_weights_nor_copied_along():
+    m = net()
+    m.trained_on = X0
+    assert m.trained_on is X0 and set(m.state_dict()) == set(net().state_dict()) and "x0" not in str(m.config)
+    assert RuleUNet(m.config.recipe).trained_on is None and copy.copy(m).trained_on is X0
+
+
+def test_a_report_knows_the_training_set_of_a_model():
+    m = net()
+    m.trained_on = X0
+    assert rule_report(m, X0).memorized == 1 and rule_report(net(), X0).memorized is None and rule_report(exact(), X0).memorized == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "gone", "manifest"])
@@ -646,7 +920,7 @@ def test_what_is_no_model_is_named():
 
 
 def test_every_setting_of_the_study_fits_the_model():
-    "A sampler that is refused would end `make sampling` half-way."
+    "A sampler that is refused would be a row that fails."
     m = unet("laptop", "sun_shadow", channels=(8, 8), attention=(False, False), head_dim=8)
-    for s in script.settings(["sun_shadow", "two_squares"], 256):
-        if s.steps < 1000: sampling.plan(m, s.steps, s.eta, 0, script.scheduler(s, m.recipe))
+    for s in STUDIES["sampling"].plan(False):
+        if s.steps < 1000: sampling.plan(m, s.steps, s.eta, 0, sampling._scheduler(s, m.recipe))

@@ -148,7 +148,7 @@ def test_a_model_of_an_unknown_world_says_so(wheel, tmp_path):
     del TASKS["wheel"]
     said = "unknown task 'wheel'.*register"
     with pytest.raises(ValueError, match=said): unet("laptop", Wheel())
-    with pytest.raises(ValueError, match=said): sample(model, 1, 1)
+    assert sample(model, 1, 1).shape == (1, 3, 16, 16)   # a model in hand holds its task itself
     with pytest.raises(ValueError, match=said): RuleUNet.from_pretrained(tmp_path/"hub")
     with pytest.raises(ValueError, match=said): load_pretrained("wheel", "random", folder=tmp_path/"w")
     with pytest.raises(StoreError, match=f"two_squares-random.*{said}"): load_pretrained("two_squares", "random", folder=tmp_path/"w")
@@ -181,7 +181,7 @@ print(RuleUNet.from_pretrained(sys.argv[1]).recipe.task)
 
 
 def test_another_process_finds_it_once_it_is_registered(wheel, tmp_path):
-    unet("laptop", wheel.with_(size=16), **SMALL).save_pretrained(tmp_path)
+    unet("laptop", wheel.with_(size=16, palette="random"), **SMALL).save_pretrained(tmp_path)
     code = PROCESS.format(path=[str(ROOT), str(ROOT/"tests")])
     env = clean_env(OMP_NUM_THREADS="1")
     r = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)

@@ -64,7 +64,7 @@ def ours(x, preset, **how):
 
 
 def bench_textbook():
-    "Network, batch and optimizer are the same; bfloat16, the distribution of timesteps, averaged weights, clipping and posterior-mean targets are ours alone."
+    "Network, batch and optimizer are the same; bfloat16, how timesteps are drawn, averaged weights, clipping and posterior-mean targets are ours."
     x = TASK.sample(TASK.paper_n, 0)[0]
     for threads in sorted({1, os.cpu_count()}):
         torch.set_num_threads(threads)
