@@ -40,11 +40,14 @@ WORKERS ?= 2
 study: .venv/installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/rulediff study $(if $(NAME),$(NAME) --workers $(WORKERS) --ship)
 
-# The prepared run for a machine that has an accelerator for ten minutes: it stops by itself.
+# The prepared run for a machine that has an accelerator for ten minutes: it stops by itself and leaves at most eight files in OUT.
+# It takes the .venv if there is one, else a Python that has the dependencies. ARGS=--quick tries it at tiny sizes on any machine.
 BUDGET ?= 540
-OUT ?= runs/gpu
-gpu: .venv/installed
-	HF_HUB_OFFLINE=1 $(BIN)/rulediff study gpu --budget $(BUDGET) --out $(OUT)
+OUT ?= runs/gpu/out
+GPUPY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	HF_HUB_OFFLINE=1 $(GPUPY) -m rulediff_nb study gpu --budget $(BUDGET) --workers 3 --out runs/gpu/run $(ARGS)
+	$(GPUPY) -c "from rulediff_nb.gpu import collect; print(*collect('runs/gpu/run', '$(OUT)'), sep='\n')"
 
 readme: .venv/installed-dev
 	$(BIN)/python tests/make_readme.py
