@@ -6,11 +6,11 @@ Docs: https://rulediff.github.io/rulediff_nb/train.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'Batch', 'timestep_shares', 'draw_batch', 'Step', 'accelerator', 'attention_for', 'label_among', 'Run',
-           'check_set', 'fit', 'run_meta', 'save_run', 'load_run', 'provenance', 'claim', 'train_steps', 'train',
+           'check_set', 'fit', 'run_meta', 'save_run', 'load_run', 'claim', 'stands_at', 'train_steps', 'train',
            'run_weights']
 
 # %% ../nbs/07_train.ipynb #d3e2021c
-import math, platform, subprocess, time
+import math, time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +26,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .core import check_images, check_int, default_device, row_generator
+from .core import check_images, check_int, row_generator
 from .schedule import FiniteSet, add_noise, min_snr_weight, snr, target
 from .store import StoreError, content_hash, load_tensors, save_tensors
+from .table import provenance
 from .unet import Recipe, RuleUNet, check_labels
 
 # %% ../nbs/07_train.ipynb #52339dda
@@ -241,8 +242,18 @@ def check_set(
 )->Tensor|None:     # the labels
     "ValueError or TypeError unless `x0` holds images of the model's size, with labels if and only if it takes them."
     if not len(check_images(x0, model.recipe.task.size)): raise ValueError("the training set is empty")
+    low, high = x0.aminmax()
+    if len(x0) >= 8 and 0 <= low < .3 < high:   # real scenes go below 0
+        raise ValueError(f"the training set must be in [-1,1], but lies in [{low:.3g}, {high:.3g}]; for 0..1 use 2*x - 1")
     if y is None and (model.recipe.classes or model.recipe.conditions): raise ValueError("this network is trained with labels, got none")
     return check_labels(y, len(x0), model.recipe)
+
+def _remember(
+    model:torch.nn.Module, # that is trained
+    x0:Tensor,             # its training set: a reference, no copy
+):
+    "Let a denoiser know what it was trained on, so that its report can tell copies."
+    if isinstance(model, RuleUNet): model.trained_on = x0
 
 def fit(
     model:RuleUNet, # trained in place, on the device it is on
@@ -256,6 +267,7 @@ def fit(
     "Train; leaves the EMA weights in the model however the loop is left."
     y = check_set(model, x0, y)
     run = run_type(model.train(), steps, seed, compiled)
+    _remember(model, x0)
     x0, y = x0.float().to(run.device), None if y is None else y.to(run.device)
     try:
         while run.step < steps: yield run.advance(x0, y)
@@ -318,20 +330,6 @@ def load_run(
     return meta
 
 # %% ../nbs/07_train.ipynb #9bff192b
-def provenance(
-    device:torch.device|None=None, # that the run is on; None: the default one
-)->dict:                           # JSON-ready
-    "Where a run happened: hardware, library versions, and the source's revision if it is a git checkout."
-    import diffusers, rulediff_nb
-    root = Path(rulediff_nb.__file__).parents[1]
-    try: said = subprocess.run(['git', '-C', str(root), 'rev-parse', '--show-toplevel', 'HEAD'], capture_output=True, text=True).stdout
-    except OSError: said = ''   # no git here
-    top, revision = said.splitlines() if said.count('\n') == 2 else ('', '')
-    device = device or default_device()
-    name = torch.cuda.get_device_name() if device.type == 'cuda' else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return dict(hardware=name, torch=torch.__version__, diffusers=diffusers.__version__,
-                revision=revision if top and Path(top) == root else 'not a git checkout')
-
 def _resume(
     run:Run,     # a fresh one
     path:Path,   # of its checkpoint, which may not be there
@@ -360,6 +358,13 @@ def claim(
     for half in folder.glob('.checkpoint.safetensors.*'): half.unlink()
     return lock
 
+def stands_at(
+    folder:str|Path, # of a run
+)->int:              # steps done; 0 where nothing was saved yet
+    "Where `train_steps` would go on, for a progress bar; StoreError for a checkpoint that is damaged."
+    path = Path(folder)/'checkpoint.safetensors'
+    return load_tensors(path)[1]['step'] if path.exists() else 0
+
 def train_steps(
     model:RuleUNet, # a fresh one, trained in place
     x0:Tensor,      # (n,3,s,s) float in [-1,1]: the training set
@@ -380,6 +385,7 @@ def train_steps(
     lock = claim(folder) if run.acc.is_main_process else None
     try:
         about = _resume(run, path, about, remarks or {})
+        _remember(model, x0)
         yield from _saved_steps(run, x0.float().to(run.device), None if y is None else y.to(run.device), path, every, about)
     finally:
         if lock: lock.release()

@@ -12,11 +12,11 @@ import pytest
 import torch
 from tree import ROOT, clean_env
 
-from rulediff_nb import train as training
 from rulediff_nb.schedule import add_noise, noise_schedule, target
 from rulediff_nb.store import StoreError, load_tensors, save_tensors
+from rulediff_nb.table import provenance
 from rulediff_nb.tasks import TASKS, get_task
-from rulediff_nb.train import Batch, Run, draw_batch, fit, label_among, timestep_shares, load_run, save_run, train, train_steps
+from rulediff_nb.train import Batch, Run, draw_batch, fit, label_among, timestep_shares, load_run, save_run, stands_at, train, train_steps
 from rulediff_nb.unet import unet
 
 torch.set_num_threads(1)
@@ -360,9 +360,33 @@ def test_an_error_in_training_keeps_the_last_good_state(tmp_path):
         assert all(v.isfinite().all() for v in tensors.values()), "a run that blew up must not be resumed from blown-up weights"
 
 
-def test_provenance_is_plain():
-    p = training.provenance()
-    assert p["torch"] == torch.__version__ and all(isinstance(v, str) and v for v in p.values())
+def test_a_checkpoint_says_where_it_was_made(tmp_path):
+    list(train_steps(net(), X0, tmp_path, 2))
+    meta, here = load_tensors(tmp_path/"checkpoint.safetensors")[1], provenance(torch.device("cpu"))
+    assert {k: meta[k] for k in here} == here and meta["torch"] == torch.__version__ and {"revision", "versions", "threads"} <= set(here)
+
+
+def test_where_a_run_stands(tmp_path):
+    assert stands_at(tmp_path/"none") == 0
+    for s in train_steps(net(), X0, tmp_path, 6):
+        if s.step == 4: break
+    assert stands_at(tmp_path) == 4 == next(train_steps(net(), X0, tmp_path, 6)).step - 1
+    list(train_steps(net(), X0, tmp_path, 6))
+    assert stands_at(tmp_path) == 6
+    (tmp_path/"checkpoint.safetensors").write_bytes(b"damaged")
+    with pytest.raises(StoreError, match="checkpoint.safetensors"): stands_at(tmp_path)
+
+
+def test_a_trained_model_knows_its_training_set(tmp_path):
+    a, b, c = net(), net(), net()
+    assert a.trained_on is None
+    for _ in fit(a, X0, 2): assert a.trained_on is X0   # while it runs too
+    list(train_steps(b, X0, tmp_path, 2)), train(c, X0, 1)
+    assert a.trained_on is b.trained_on is c.trained_on is X0
+    again = net()
+    assert not list(train_steps(again, X0, tmp_path, 2)) and again.trained_on is X0   # a run that was finished already
+    with pytest.raises(StoreError): list(train_steps(d := net(), X0[:8], tmp_path, 2))
+    assert d.trained_on is None   # refused: it was trained on nothing
 
 
 CHILD = """
@@ -415,12 +439,3 @@ def test_another_beginning_is_refused(tmp_path):
     list(train_steps(net(), X0, tmp_path, 2, remarks=dict(start_sha256="a")))
     with pytest.raises(StoreError, match="start_sha256 is a, expected b"):
         list(train_steps(net(1), X0, tmp_path, 2, remarks=dict(start_sha256="b")))
-
-
-@pytest.mark.parametrize("said", [OSError("no git"), "/a path/with spaces\nabc\n", ""])
-def test_provenance_without_git_or_in_a_path_with_spaces(said, monkeypatch):
-    def run(*a, **k):
-        if isinstance(said, OSError): raise said
-        return type("R", (), dict(stdout=said, returncode=0))
-    monkeypatch.setattr(training.subprocess, "run", run)
-    assert training.provenance()["revision"] == "not a git checkout"
