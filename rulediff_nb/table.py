@@ -92,7 +92,8 @@ def read_table(
 )->pd.DataFrame:   # its lines; what was not measured is NaN
     "Read one table to the last stored digit."
     text = dict.fromkeys(('weights', 'inputs', 'provenance'), 'str')   # hashes may look like numbers
-    return pd.read_csv(path, keep_default_na=False, na_values=['', 'nan'], float_precision='round_trip', dtype=text)
+    exact = {} if int(pd.__version__.split('.')[0]) >= 3 else dict(float_precision='round_trip')   # what pandas 3 does anyway
+    return pd.read_csv(path, keep_default_na=False, na_values=['', 'nan'], dtype=text, **exact)
 
 @lru_cache(maxsize=32)
 def _stored(
