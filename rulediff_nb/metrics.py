@@ -437,7 +437,7 @@ def palette_notes(
     k, n, fixed = int(f.readable.sum()), len(x), task.palette == 'fixed'
     if fixed:
         strange = int((f.why == REASONS.index('wrong colour')).sum())
-        if k/n >= .5*real.floor.readable.double().mean() or strange <= n/2 or x.min() >= 0: return ()
+        if strange <= n/2 or x.min() >= 0: return ()   # without dark pixels: pale, or in 0..1
         said = f"{strange} of {n} images are refused for their colours alone, which are not the fixed ones"
     else:
         near, usual = ((off_colour(task.with_(palette='fixed'), v.rgb[v.readable]) <= 1).all(1).double() for v in (f, real.features))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
 from scipy import stats
 
 from rulediff_nb import metrics
@@ -551,6 +552,20 @@ def test_bad_images_are_no_case_of_the_other_palette(palette, fault):
     assert rule_report(task, FAULTS[fault](task.sample(32, 77)[0]), draws=2).notes == ()
 
 
+@pytest.mark.parametrize("share,noted", [(.4, False), (.6, True)])
+def test_a_note_needs_more_than_half_of_the_images(share, noted):
+    x = SQ.with_(palette="fixed").sample(40, 77)[0]
+    x[:int(40*share)] = FRESH[:int(40*share)]
+    assert bool(rule_report("two_squares", x, draws=2).notes) == noted
+
+
+def test_a_few_images_or_many_strange_ones_say_nothing_about_the_random_palette():
+    x = SQ.with_(palette="fixed").sample(40, 77)[0]
+    assert not report(x[:3]).notes and report(x[:4]).notes
+    x[:8] = FRESH[:8]
+    assert not report(x).notes
+
+
 def test_wrong_colours_are_noted_whatever_they_are():
     x = SQ.with_(palette="fixed").sample(32, 77)[0]
     assert "32 of 32 images are refused for their colours alone" in rule_report("two_squares", x.flip(1), draws=2).notes[0]   # BGR
@@ -601,6 +616,7 @@ def test_plot():
     assert [t.get_text() for t in left.get_legend().get_texts()] == [f"real, {N} of {N}", f"images, {N//2} of {N}"]
     ends = {line.get_label().split(",")[0]: line.get_ydata()[-1] for line in right.lines}
     assert ends == {"images": .5, "real": 1, "no rule": 1} and right.lines[0].get_color() == COLOURS["guided"]
+    assert left.collections[-1].get_facecolor()[0, :3] == pytest.approx(to_rgb(COLOURS["guided"]))
     middle = right.lines[1].get_xdata()[np.searchsorted(right.lines[1].get_ydata(), .5)]
     assert middle == pytest.approx(max(r.rows["error_px"].floor, 1e-3), rel=.05)
     said = fig.get_suptitle()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -38,11 +39,16 @@ def figure_report():
     task = TASKS["sun_shadow"]
     x, _ = task.sample(1024, 5)
     rule_report(task, x[:64])   # to warm up
-    for what in ("floor measured too", "floor known"):
+    model = SimpleNamespace(task=task, trained_on=task.sample(task.paper_n, 0)[0])
+    other = task.with_(palette="random").sample(len(x), 5)[0]
+    cases = {"floor measured too": (task, x), "floor known": (task, x), f"a model's {task.paper_n} training images compared": (model, x),
+             "the other palette's colours, with a note": (task, other)}
+    for what, (asked, images) in cases.items():
         if what == "floor measured too": real_images.cache_clear()
         start = time.perf_counter()
-        rule_report(task, x)
+        r = rule_report(asked, images)
         took = time.perf_counter() - start
+        assert bool(r.notes) == (images is other) and (r.memorized is None) == (asked is task)
         yield f"{took:8.2f} s  rule_report, 1000 resamples, {len(x)} images, {torch.get_num_threads()} threads, {what}"
 
 
