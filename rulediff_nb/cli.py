@@ -13,8 +13,8 @@ __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'RULES', 'REPORT', 
            'report', 'states_of_files', 'doctor', 'commands', 'card', 'command_parser', 'run_command', 'steady_streams',
            'main']
 
-# %% ../nbs/90_cli.ipynb #f2829b8c
-import argparse, difflib, io, math, os, platform, sys, threading, time
+# %% ../nbs/90_cli.ipynb #a1e1170b
+import argparse, difflib, io, math, os, platform, sys, threading, time, zipfile, zlib
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +38,9 @@ import rulediff_nb
 from .classifier import CLASSIFIER_WEIGHTS, ShippedClassifier, load_classifier
 from .core import Panel, check_int, default_device, plot_panels, progress, range_known, row_generator, save_images
 from .guide import guided
-from .images import SHOWN, counted, image_table, markdown_report, read_images, refused, report_lines, report_table, suggestion
+from .images import SCHEMA, SHOWN, counted, image_table, markdown_report, read_images, refused, report_lines, report_table, suggestion
 from .metrics import Measured, RuleReport, measured, real_images, rule_report
-from .sample import WEIGHTS, load_pretrained, sample_batches
+from .sample import PRECISIONS, WEIGHTS, bf16_gains, load_pretrained, sample_batches
 from .store import StoreError, content_hash, list_releases, load_manifest, load_release, save_release, sha256, write_atomic
 from .study import Done, Shipped, Where, chosen, row_states, run_study
 from .study import grid as grid_study
@@ -48,13 +48,13 @@ from .study import ship as ship_table
 from .table import RESULTS, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, table_names
 from .table import table as shown_table
 from .tasks import TASKS, Task, get_task
-from .train import run_weights, train_steps
+from .train import run_weights, stands_at, train_steps
 from .unet import PRESETS, Recipe, RuleUNet, grow, unet
 
-# %% ../nbs/90_cli.ipynb #3b285077
+# %% ../nbs/90_cli.ipynb #377116c2
 PALETTES = 'fixed', 'random'
 CHOICES = dict(task=TASKS, palette=PALETTES, preset=PRESETS, tasks=TASKS, palettes=PALETTES, presets=PRESETS, engine=('loky', 'dask', 'ray'),
-               precision=('fp32', 'bf16'))   # option -> what it may be
+               precision=PRECISIONS)   # option -> what it may be
 
 def known(
     value:str,           # what the user typed
@@ -98,7 +98,7 @@ def text_table(
     text = df.rename(columns={k: k.ljust(wide[k]) for k in words}).to_string(index=False, formatters=left, float_format=form.format, na_rep='-')
     return '\n'.join(line.rstrip() for line in text.splitlines())
 
-# %% ../nbs/90_cli.ipynb #7416fbf0
+# %% ../nbs/90_cli.ipynb #bc827da2
 DEMO_SEED = 20_251  # of the demo alone: no recipe is compared on it
 DEMO_SCALE = 4.     # of guidance by the classifiers; in the sweep of 13_guide near the best of both tasks
 
@@ -149,7 +149,7 @@ def demo_steps(
     guides = dict(guided=guided(model, clf[0], row.scale)) if clf else {}
     for what, net in dict(model=model, **guides).items():
         parts = []
-        for x in sample_batches(net, row.n, row.steps, row.eta, row.seed, **({} if precision == 'fp32' else dict(precision=precision))):
+        for x in sample_batches(net, row.n, row.steps, row.eta, row.seed, precision=precision):
             yield None
             if x is not None: parts.append(x.cpu())
         x = torch.cat(parts)
@@ -172,7 +172,7 @@ def _measure_demo(
 register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs,
                      keys=('task', 'palette', 'images'), shown=('rule_gap', 'readable', 'coarse', 'error_px', 'marginals', 'memorized')))
 
-# %% ../nbs/90_cli.ipynb #2dda0deb
+# %% ../nbs/90_cli.ipynb #a8b541fc
 def check_folder(
     folder:str|Path, # where results shall go
 )->Path:             # the same, made if missing
@@ -262,11 +262,12 @@ def demo(
     out:str='demo',       # folder for demo.png, demo.txt and demo.csv
     only:str='',          # part of a name, such as "circles"; empty: all shipped models
     device:str='',        # cpu, cuda, cuda:1 and so on, or mps; empty: the fastest there is
-    precision:str='fp32', # of the networks; bf16 takes two thirds of the time where the processor has it
+    precision:str='',     # of the networks; empty: bf16 where it is known to be faster
 ):
     "Sample every shipped model, also guided where a classifier is shipped, and measure it between floor and chance."
-    check_sampling(n, steps, eta, seed, scale, 16), known(precision, 'precision', CHOICES['precision'])
-    rows, where, folder = demo_plan(only, n, steps, eta, seed, scale), pick_device(device), check_folder(out)
+    check_sampling(n, steps, eta, seed, scale, 16), known(precision or 'fp32', 'precision', CHOICES['precision'])
+    rows, where = demo_plan(only, n, steps, eta, seed, scale), pick_device(device)
+    folder, precision = check_folder(out), precision or ('bf16' if bf16_gains(where) else 'fp32')
     start, lines, panels = time.perf_counter(), [], []
     def one(row, stop):
         nets = [load_pretrained(row.task, row.palette, device=where)]
@@ -277,7 +278,8 @@ def demo(
     print(*said, sep='\n', flush=True)
     workers = min(2, torch.get_num_threads(), len(rows)) if where.type == 'cpu' else 1
     for row, drawn in zip(rows, side_by_side(one, rows, workers)):
-        new = [dict(task=row.task, palette=row.palette, n=n) | v for v in demo_lines(drawn)]
+        about = dict(schema=SCHEMA, task=row.task, palette=row.palette)
+        new = [about | dict(images=v['images'], n=n) | v for v in demo_lines(drawn)]
         print(*map(line_text, new), sep='\n', flush=True)
         lines, panels, said = lines + new, [*panels, _panel(row, drawn[0])], said + [line_text(v) for v in new]
     took = f'{time.perf_counter() - start:.0f} s on {platform.machine()}, {where}, {torch.get_num_threads()} threads'
@@ -346,7 +348,7 @@ def list_all():
     print('\nstudies: rulediff table NAME prints one, rulediff study NAME measures it again',
           *(f'  {s.name:12} {s.title}' for s in studies().values()), sep='\n')
 
-# %% ../nbs/90_cli.ipynb #11e6ac7e
+# %% ../nbs/90_cli.ipynb #d7f46e82
 REPORT = dict(n=1024, steps=50, eta=1., seed=777)  # how a manifest's report is measured
 
 def train(
@@ -375,7 +377,8 @@ def train(
     if fields: tail += f'-{content_hash({}, fields)[:8]}'
     folder = check_folder(Path(out)/f'{task.name}-{palette}-{preset}-{steps}-{seed}{tail}')
     work = train_steps(model.to(here.device), x0, folder, steps, batches, remarks=remarks, compiled=compiled)
-    bar = progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}') if here.is_main_process else work
+    stands = stands_at(folder)
+    bar = progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}', initial=stands) if here.is_main_process else work
     for s in bar:
         if s.step % 100 or not here.is_main_process: continue
         print(f"step {s.step} of {steps}, loss {s.loss:.4f}, {s.images} images, {s.seconds:.0f} s", flush=True)
@@ -464,7 +467,7 @@ def release(
     print(report)
     return save_release(weights, f'{task.name}-{task.palette}', kept, said)
 
-# %% ../nbs/90_cli.ipynb #f9805f9a
+# %% ../nbs/90_cli.ipynb #c1505f3a
 def study_states()->pd.DataFrame: # a line per study
     "How many rows of each study ship, measured by today's code with today's weights."
     def done(s):
@@ -511,14 +514,16 @@ def run_rows(
     **how,       # workers, name and address of the engine, budget
 ):
     "Run a study, a line per row; ValueError at the end if rows failed."
-    print(outlook(study, chosen(study.plan(quick), only), where, shipped and not quick), flush=True)
-    bad = late = 0
+    rows = chosen(study.plan(quick), only)
+    print(outlook(study, rows, where, shipped and not quick), flush=True)
+    states = []
     for d in run_study(study, out, quick, only, device=where.device, threads=where.threads, trained=where.trained, shipped=shipped, **how):
-        bad, late = bad + (d.state == 'failed'), late + (d.state == 'late')
+        if type(d.row) is type(rows[0]): states.append(d.state)   # trainings are told of, and not counted
         if d.state not in ('kept', 'shipped', 'late'): print(headline(study, d), flush=True)
+    bad, late = states.count('failed'), states.count('late')
     if late: print(f'no time is left for {late} more: the same command goes on')
     print(f"table: {Path(out)/f'{study.name}.csv'}")
-    if bad: raise ValueError(f"{bad} failed, see above; the same command tries them again")
+    if bad: raise ValueError(f"{bad} of {len(rows)} rows failed, see above; the same command tries them again")
 
 def study(
     name:str='',      # one of the studies; empty: lists them
@@ -621,8 +626,9 @@ def grid(
     fields = [parse_change(c) for c in changes.split(';')]
     s = grid_study(*names.values(), fields, _numbers(steps, 'steps'), _numbers(seeds, 'seeds'), n, images)
     check_int(workers, 'workers', 1), known(engine, 'engine', CHOICES['engine'])
-    folder = check_folder(out)
-    run_rows(s, out, Where(out, str(folder.parent/'trained'), str(pick_device(device))), workers=workers, name=engine, address=address)
+    where = Where(out, str(Path(out).parent/'trained'), str(pick_device(device)))
+    check_folder(out)
+    run_rows(s, out, where, workers=workers, name=engine, address=address)
 
 # %% ../nbs/90_cli.ipynb #d7f608af
 def _ending(
@@ -663,7 +669,7 @@ def report(
     if kind == 'md': write_atomic(out, _bytes(markdown_report(r, found, notes)))
     if per_image: write_atomic(per_image, _bytes(image_table(meant, found, r.features).to_csv(index=False, float_format='%.6g', lineterminator='\n')))
 
-# %% ../nbs/90_cli.ipynb #e685492c
+# %% ../nbs/90_cli.ipynb #ca8d277f
 LIBRARIES = ('torch', 'numpy', 'pandas', 'diffusers', 'safetensors', 'huggingface_hub', 'fastcore', 'matplotlib', 'ipywidgets')
 
 def _version(
@@ -691,7 +697,7 @@ def _table_state(
     try:
         found, want, lines = sha256(file.read_bytes()), about(name, folder), len(read_table(file))
         if (folder/f'{name}.npz').exists(): arrays(name, folder)
-    except (OSError, ValueError) as e: return f'{file} cannot be read: {e}'
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e: return f'{file} cannot be read: {e}'
     if found != want.get('sha256'): return f"{file} was changed: found sha256 {found}, expected {want.get('sha256')}"
     return 'ok' if lines == want.get('lines') else f"{file} has {lines} lines, expected {want.get('lines')}"
 
@@ -717,7 +723,7 @@ def doctor(
     bad = [name for name, state in states.items() if state != 'ok']
     if bad: raise ValueError(f"not as it should be: {', '.join(bad)}")
 
-# %% ../nbs/90_cli.ipynb #07f0fe2e
+# %% ../nbs/90_cli.ipynb #1f72e77e
 PLACES = dict(study=('name',), table=('name',), card=('name',))   # options that stand without their dashes, and may be left out
 
 def commands()->dict[str,Callable]: # by name, in the order of the help
@@ -797,10 +803,10 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     said = f'rulediff {argv[0]}' if argv else 'rulediff'
     try:
-        status = run_command(argv)
+        try: status = run_command(argv)
+        except SystemExit as e: status = e.code or 0   # argparse has said why
         sys.stdout.flush()
         return _finish(status)
-    except SystemExit as e: return _finish(e.code or 0)   # argparse has said why
     except BrokenPipeError: return _finish(141)           # whoever read this, such as `head`, has seen enough
     except (ValueError, TypeError, OSError, FloatingPointError) as e: return _finish(1, f'{said}: {e}')
     except KeyboardInterrupt:

@@ -25,11 +25,11 @@ from .features import REASONS
 from .metrics import RuleReport, measure, measured
 from .tasks import TASKS, Task, get_task
 
-# %% ../nbs/89_images.ipynb #f1218eea
+# %% ../nbs/89_images.ipynb #04187155
 ENDINGS = ('.png', '.bmp', '.jpg', '.jpeg', '.webp', '.gif', '.tif', '.tiff')
 SIZES = 16, 256  # smallest and largest number of pixels a side
 _LOSSY = 'its compression moves edges, so that images which obey the rule are measured as breaking it; use PNG'
-NOTES = dict(opaque='with an alpha channel that is opaque everywhere: dropped', transparent='transparent: composed onto white',
+NOTES = dict(opaque='RGBA, opaque everywhere: alpha dropped', transparent='transparent: composed onto white',
              jpeg=f'JPEG: {_LOSSY}', webp=f'lossy WebP: {_LOSSY}')   # what a reader should know of images that are used
 
 class Problem(NamedTuple):

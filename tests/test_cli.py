@@ -1,61 +1,46 @@
-"The commands: exit codes, one-line errors, a reader's own images, interrupted runs, train to weights to demo."
+"The commands: exit codes, one-line errors, interrupted runs, studies and tables, train to weights to demo."
 import csv
 import functools
+import importlib.metadata as meta
 import json
-import math
+import re
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from commands import RULEDIFF, fails, run, shell
 from PIL import Image
-from tree import ROOT, clean_env
+from tree import ROOT, clean_env, toml
 
-from rulediff_nb import cli
-from rulediff_nb.cli import SCHEMA, SHOWN, load_images, main, read_images
+import rulediff_nb
+from rulediff_nb import cli, table
 from rulediff_nb.classifier import classifier, load_classifier
-from rulediff_nb.core import from_bytes, to_bytes
-from rulediff_nb.features import REASONS
-from rulediff_nb.grid import csv_text
-from rulediff_nb.metrics import ROWS
-from rulediff_nb.sample import load_pretrained
-from rulediff_nb.store import StoreError, load_tensors, save_release
+from rulediff_nb.cli import RULES
+from rulediff_nb.core import read_grid, to_bytes
+from rulediff_nb.images import SCHEMA, SHOWN
+from rulediff_nb.sample import WEIGHTS, load_pretrained, sample
+from rulediff_nb.store import StoreError, list_releases, load_tensors, save_release
+from rulediff_nb.study import ship
+from rulediff_nb.table import STUDIES, Study, read_table, register_study, results, table_names
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
 
-torch.set_num_threads(1)
-REPORT = "report", "--task", "two_squares", "--images"   # then the images
 SMALL = dict(channels=(8, 8, 16), head_dim=8, batch=4, prediction="sample", sigma_data=0.)
 TASK = get_task("two_squares", palette="fixed", size=16)
-PIXELS = to_bytes(TASKS["two_squares"].sample(8, 0)[0])
 
 
-def run(capsys, *args):
-    "Exit status, standard output, standard error; argparse's exit counts as a status."
-    try: status = main([str(a) for a in args])
-    except SystemExit as e: status = e.code
-    return status, *capsys.readouterr()
-
-
-def fails(capsys, *args):
-    "The single line that a user reads when a command cannot do it."
-    status, _, err = run(capsys, *args)
-    said = err.split("\r")[-1]   # a bar may have stood there
-    assert status == 1 and said.startswith(f"rulediff {args[0]}: ") and said.count("\n") == 1 and "Traceback" not in err, err
-    return said
-
-
-def release(folder, **more):
-    m = unet("laptop", TASK, **SMALL)
+def release(folder, name="two_squares-fixed", task=TASK, **more):
+    m = unet("laptop", task, **SMALL)
     said = dict(recipe=m.recipe.to_dict(), seed=0, set_seed=0, steps=1, images_in_set=30)
-    save_release(folder, "two_squares-fixed", m.state_dict(), said | more)
+    save_release(folder, name, m.state_dict(), said | more)
 
 
 @pytest.fixture
@@ -63,34 +48,129 @@ def weights(tmp_path, monkeypatch):
     "A folder with one tiny model, in place of the shipped ones."
     release(tmp_path/"weights")
     monkeypatch.setattr(cli, "WEIGHTS", tmp_path/"weights")
-    monkeypatch.setattr(cli, "load_pretrained", functools.partial(load_pretrained, folder=tmp_path/"weights"))
+    def load(name, *args, **kw):   # a path is a reader's own
+        return load_pretrained(name, *args, **kw, **({"folder": tmp_path/"weights"} if name in TASKS else {}))
+    monkeypatch.setattr(cli, "load_pretrained", load)
     monkeypatch.setattr(cli, "CLASSIFIER_WEIGHTS", tmp_path/"classifiers")
     monkeypatch.setattr(cli, "load_classifier", functools.partial(load_classifier, folder=tmp_path/"classifiers"))
     return tmp_path/"weights"
 
 
 @pytest.fixture
-def pngs(tmp_path):
-    (tmp_path/"png").mkdir()
-    for i, p in enumerate(PIXELS): Image.fromarray(p).save(tmp_path/"png"/f"{i}.png")
-    return tmp_path/"png"
+def guide(weights, tmp_path):
+    "A tiny classifier beside the tiny model."
+    clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8)
+    save_release(tmp_path/"classifiers", "two_squares-fixed-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict()))
 
 
 # ---------------------------------------------------------------- usage
 
-@pytest.mark.parametrize("args,status", [([], 0), (["-h"], 0), (["--help"], 0), (["paint"], 2), (["--n", "3"], 2), ([""], 2)])
-def test_usage(args, status, capsys):
-    found, out, _ = run(capsys, *args)
-    assert found == status and all(k in out for k in ("usage: rulediff", "demo", "train", "report", "doctor"))
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_usage(args, capsys):
+    status, out, err = run(capsys, *args)
+    assert status == 0 and err == "" and "usage: rulediff" in out
+    for k, f in cli.commands().items(): assert f"  {k:8}{f.__doc__}\n" in out
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("word,near", [("smaple", "sample"), ("reprot", "report"), ("studies", "study"), ("tables", "table"), ("zzz", ""), ("", ""),
+                                       ("--n", "")])
+def test_an_unknown_command_names_itself_and_the_nearest(word, near, capsys):
+    status, out, err = run(capsys, word, "--n", 3)
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"rulediff: unknown command {word!r}")
+    assert (f"did you mean {near!r}?" in err) == bool(near) and all(k in err for k in cli.commands())
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"rulediff_nb {rulediff_nb.__version__}\n", "")
+
+
+@pytest.mark.parametrize("how", [RULEDIFF, f"{RULEDIFF}.cli",
+                                 f"{sys.executable} -c 'import sys; from rulediff_nb.__main__ import main; sys.exit(main())'"])
+def test_ways_to_start_it(how):
+    status, out, err = shell(f"{how} train moon")
+    assert status == 1 and out == "" and "unknown task 'moon'" in err and err.count("\n") == 1
+
+
+def test_the_command_sets_what_must_be_set_before_torch(tmp_path):
+    module, f = toml()["project"]["scripts"]["rulediff"].split(":")
+    code = f"import {module} as m, sys; assert 'torch' not in sys.modules; sys.argv = ['rulediff', 'doctor', '--out', '{tmp_path}']; m.{f}()"
+    for env, want in (({}, "PASSIVE"), (dict(OMP_WAIT_POLICY="ACTIVE"), "ACTIVE")):
+        assert f"OMP_WAIT_POLICY is {want} (" in shell(f'{sys.executable} -c "{code}"', **env)[1]
+
+
+@pytest.mark.parametrize("command", cli.commands())
 def test_help(command, capsys):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0 and f"usage: rulediff {command}" in out
 
 
-@pytest.mark.parametrize("args", [["demo", "--n", "many"], ["demo", "--paint", "1"], ["train"],
+# ---------------------------------------------------------------- options
+
+def options(*only):
+    "Every option, as (command, action of argparse)."
+    for name, f in cli.commands().items():
+        for a in cli.command_parser(name, f)._actions:
+            if a.dest != "help" and (not only or a.type in only): yield pytest.param(name, a, id=f"{name}-{a.dest}")
+
+
+def bounds(text):
+    "Smallest and largest number that a help names; None: any."
+    both, least = re.search(r"([\d.]+) to ([\d.]+)", text), re.search(r"([\d.]+) or more(?: and below ([\d.]+))?", text)
+    return both.groups() if both else least.groups() if least else (None, None)
+
+
+@pytest.mark.parametrize("command,option", options(int, float))
+def test_a_number_out_of_the_bounds_in_its_help_is_refused(command, option, capsys, tmp_path):
+    low, high = bounds(option.help)
+    assert low is not None or "any finite number" in option.help
+    wrong = ["inf", "nan"] if low is None else [option.type(float(low) - 1)] + ([option.type(float(high) + 1)] if high else [])
+    place = dict(study="ruler", demo=None).get(command, "two_squares")
+    for v in wrong:
+        err = fails(capsys, command, *([place] if place else []), "--out", tmp_path/"o", f"{option.option_strings[0]}={v}")
+        assert re.search(rf"\b{option.dest} must be", err) and not (tmp_path/"o").exists()
+
+
+@pytest.mark.parametrize("command,option", options(int, float))
+def test_the_default_lies_within_the_bounds(command, option):
+    low, high = bounds(option.help)
+    assert low is None or float(low) <= option.default and (high is None or option.default <= float(high))
+
+
+CHOSEN = dict(task="two_squars", palette="randon", preset="labtop", tasks="two_squares,two_squars", palettes="fixed,randon", presets="labtop",
+              engine="lokky", precision="bf61", device="cudda")
+
+
+@pytest.mark.parametrize("command,option", [p for p in options(str) if p.values[1].dest in CHOSEN])
+def test_a_choice_stands_in_the_help_and_an_unknown_one_is_named(command, option, capsys, tmp_path, pngs):
+    k, places = option.dest, dict(sample=["two_squares"], train=["two_squares"], grid=["two_squares"], study=["ruler"]).get(command, [])
+    wrong = [CHOSEN[k]] if not option.option_strings else [f"{option.option_strings[0]}={CHOSEN[k]}"]
+    more = ["--task=two_squares", f"--images={pngs}"] if command == "report" else [f"--out={tmp_path/'o'}"]
+    err = fails(capsys, command, *([] if k in ("task", "tasks") else places), *more, *wrong)
+    assert repr(CHOSEN[k].split(",")[-1]) in err and not (tmp_path/"o").exists()
+    for name in cli.CHOICES.get(k, ("cpu", "cuda", "cuda:1", "mps")): assert name in option.help and name in err
+    if k != "device": assert "did you mean" in err
+
+
+def test_no_option_lacks_a_comment():
+    for p in options(): assert len(p.values[1].help) > 8
+
+
+def test_defaults_are_said(capsys):
+    out = run(capsys, "demo", "--help")[1]
+    assert "(default: 160)" in out and "(default: )" not in out and "''" not in out
+
+
+@pytest.mark.parametrize("command", ["sample", "study", "demo", "grid"])
+def test_a_device_that_is_not_here(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    place = dict(sample=["two_squares"], study=["ruler"], grid=["two_squares"]).get(command, [])
+    for name in ("cuda", "cuda:3", "cpu:1"):
+        err = fails(capsys, command, *place, "--device", name, "--out", tmp_path/"o")
+        assert f"there is no device {name!r} in this machine" in err and "there are: cpu" in err and not (tmp_path/"o").exists()
+        assert ("built without CUDA" in err) == (name != "cpu:1" and not torch.version.cuda)
+
+
+@pytest.mark.parametrize("args", [["demo", "--n", "many"], ["demo", "--paint", "1"], ["train"], ["list", "tasks"],
                                   ["train", "two_squares", "--steps", "1.5"]])
 def test_arguments_that_cannot_be_parsed(args, capsys):
     status, _, err = run(capsys, *args)
@@ -98,62 +178,107 @@ def test_arguments_that_cannot_be_parsed(args, capsys):
 
 
 @pytest.mark.parametrize("args", [["train", "moon"], ["report", "--task", "moon", "--images", "PNG"]])
-def test_unknown_worlds_list_the_known_ones(args, capsys, pngs, tmp_path):
+def test_unknown_tasks_list_the_known_ones(args, capsys, pngs, tmp_path):
     err = fails(capsys, *[str(pngs) if a == "PNG" else a for a in args], *(["--out", tmp_path/"runs"] if args[0] == "train" else []))
     assert "'moon'" in err and all(k in err for k in TASKS) and not (tmp_path/"runs").exists()
 
 
+@pytest.fixture
+def pngs(tmp_path):
+    (tmp_path/"png").mkdir()
+    for i, p in enumerate(to_bytes(TASKS["two_squares"].sample(4, 0)[0])): Image.fromarray(p).save(tmp_path/"png"/f"{i}.png")
+    return tmp_path/"png"
+
+
 @pytest.mark.parametrize("args,word", [
-    (["--palette", "sepia"], "sepia"), (["--preset", "desktop"], "laptop, published"), (["--steps", "0"], "steps"), (["--n", "-1"], "n must"),
-    (["--seed", "-1"], "seed"), (["--score", "3"], "score")])
+    (["--palette", "sepia"], "sepia"), (["--preset", "desktop"], "laptop, published"), (["--lr", "1"], "lr must"),
+    (["--change", "colour=1"], "colour=1")])
 def test_train_refuses_before_it_works(args, word, capsys, tmp_path):
     assert word in fails(capsys, "train", "two_squares", "--out", tmp_path/"runs", *args) and not (tmp_path/"runs").exists()
 
 
+# ---------------------------------------------------------------- streams
+
+@pytest.mark.parametrize("args,buffer", [("table recipes --csv", "1"), ("--help", ""), ("sample --help", "")])
+def test_a_reader_that_leaves_is_no_error(args, buffer):
+    p = subprocess.Popen([*RULEDIFF.split(), *args.split()], cwd=ROOT, env=clean_env(PYTHONUNBUFFERED=buffer), text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.close()
+    assert p.stderr.read() == "" and p.wait(timeout=120) == 141
+
+
+def test_head_gets_its_line_and_no_traceback():
+    status, out, err = shell(f"{RULEDIFF} table recipes | head -1; exit ${{PIPESTATUS[0]}}")
+    assert status in (0, 141) and out.startswith("task ") and out.count("\n") == 1 and err == ""
+
+
+@pytest.mark.parametrize("line,status", [("list >&-", 0), ("list 2>&-", 0), ("list <&- >&- 2>&-", 0), ("list > /dev/full", 1),
+                                         ("sample two_squares --n 1 --steps 1 --out $PWD/s.png >&- 2>&-", 0)])
+def test_streams_that_are_closed_or_full(line, status, tmp_path):
+    found, out, err = shell(f"{RULEDIFF} {line}", tmp_path, PYTHONPATH=str(ROOT))
+    assert found == status and "Traceback" not in err and "Exception ignored" not in err
+    if status: assert err.startswith("rulediff list: ") and "No space left" in err and err.count("\n") == 1
+    elif "2>&-" in line: assert err == ""
+    if "sample" in line: assert Image.open(tmp_path/"s.png").size == (32, 32)
+
+
+def test_an_error_nobody_can_read_is_still_a_status():
+    assert shell(f"{RULEDIFF} train moon 2>&-") == (1, "", "")
+
+
 # ---------------------------------------------------------------- demo
+
+def demo_csv(folder): return list(csv.DictReader((folder/"demo.csv").open()))
+
 
 def test_demo(weights, tmp_path, capsys):
     status, out, _ = run(capsys, "demo", "--n", 16, "--steps", 2, "--out", tmp_path/"d")
     assert status == 0 and sorted(p.name for p in (tmp_path/"d").iterdir()) == ["demo.csv", "demo.png", "demo.txt"]
     text = (tmp_path/"d"/"demo.txt").read_text()
-    assert text.strip() in out and all(k in text for k in (*SHOWN, "floor", "model", "chance", "two_squares fixed"))
+    assert text.strip() in out and all(k in text for k in (*SHOWN, "floor", "model", "chance", "two_squares", "fixed"))
+    lines = text.splitlines()[2:6]
+    assert len({len(v) for v in lines}) == 1, "a table"
     assert Image.open(tmp_path/"d"/"demo.png").size[0] > 100
-    rows = list(csv.DictReader((tmp_path/"d"/"demo.csv").open()))
-    assert [r["images"] for r in rows] == ["floor", "model", "chance"] and {r["schema"] for r in rows} == {str(SCHEMA)}
+    rows = demo_csv(tmp_path/"d")
+    assert list(rows[0]) == ["schema", "task", "palette", "images", "n", *SHOWN] and {r["schema"] for r in rows} == {str(SCHEMA)}
+    assert [(r["task"], r["palette"], r["images"]) for r in rows] == [("two_squares", "fixed", k) for k in ("floor", "model", "chance")]
     for r in rows:
         for k in SHOWN: assert not r[k] or np.isfinite(float(r[k])), "no NaN in a stored table"
 
 
-def test_demo_has_a_guided_row_where_a_classifier_is_shipped(weights, tmp_path, capsys):
-    clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8)
-    save_release(tmp_path/"classifiers", "two_squares-fixed-classifier", clf.state_dict(), dict(recipe=clf.recipe.to_dict()))
+def test_demo_has_a_guided_row_where_a_classifier_is_shipped(weights, guide, tmp_path, capsys):
     for scale, want in ((2, ["floor", "model", "guided", "chance"]), (0, ["floor", "model", "chance"])):
         status, *_ = run(capsys, "demo", "--n", 16, "--steps", 2, "--scale", scale, "--out", tmp_path/"d")
-        rows = list(csv.DictReader((tmp_path/"d"/"demo.csv").open()))
-        assert status == 0 and [r["images"] for r in rows] == want
-    assert "finite" in fails(capsys, "demo", "--n", 16, "--steps", 2, "--scale", "inf", "--out", tmp_path/"e")
+        assert status == 0 and [r["images"] for r in demo_csv(tmp_path/"d")] == want
 
 
-def test_stored_tables(tmp_path, capsys):
-    (tmp_path/"guidance").mkdir()
-    names = cli.STORED["guidance"]
-    def line(seed, gap): return {k: "x" for k in names.keys} | {k: .5 for k in names.names} | dict(rule_gap=gap, scale=2., seed=seed)
-    (tmp_path/"guidance"/"table.csv").write_text(csv_text([line(1, .1), line(2, .3)]))
-    for args in ((), ("--table", "guidance")):
-        status, out, _ = run(capsys, "report", *args, "--results", tmp_path)
-        assert status == 0 and "0.200 [0.100, 0.300]" in out and "make guidance" in out and "2 lines" in out
-    assert "known: guidance" in fails(capsys, "report", "--table", "none", "--results", tmp_path)
-    assert "no table" in fails(capsys, "report", "--table", "sampling", "--results", tmp_path)
-    assert "not both" in fails(capsys, "report", "--table", "guidance", "--task", "two_squares", "--results", tmp_path)
-    assert "--task" in fails(capsys, "report", "--results", tmp_path/"nothing")
+def test_demo_prints_what_is_done_before_the_next_is(weights, tmp_path, capsys, monkeypatch):
+    release(weights, "two_squares-random", TASK.with_(palette="random"))
+    seen, panel = [], cli._panel
+    monkeypatch.setattr(cli, "_panel", lambda *a: (seen.append(capsys.readouterr().out), panel(*a))[1])
+    assert run(capsys, "demo", "--n", 16, "--steps", 2, "--out", tmp_path/"d")[0] == 0
+    assert "rule_gap" in seen[0] and "random" in seen[0] and "fixed" not in seen[0] and "fixed" in seen[1] and "random" not in seen[1]
 
 
-@pytest.mark.parametrize("name", cli.STORED)
-def test_every_stored_table_can_be_printed(name, capsys):
-    status, out, _ = run(capsys, "report", "--table", name)
-    assert status == 0 and cli.STORED[name].command in out
-    target = cli.STORED[name].command.removeprefix("make ")
-    assert f"\n{target}:" in (ROOT/"Makefile").read_text()
+def test_side_by_side_keeps_the_order_and_stops_all():
+    def wait(k, stop): return (k, stop.wait(.4/k))
+    assert list(cli.side_by_side(wait, [1, 2, 4], 3)) == [(1, False), (2, False), (4, False)]
+    start, threads = time.perf_counter(), torch.get_num_threads()
+    def forever(k, stop): return stop.wait(60*k)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in cli.side_by_side(forever, [.001, 1, 1, 1], 2): raise KeyboardInterrupt
+    assert time.perf_counter() - start < 20 and torch.get_num_threads() == threads
+
+
+def test_demo_is_the_study_demo(tmp_path, capsys):
+    "The stored table, the study and the command have the same rows and numbers."
+    assert run(capsys, "demo", "--only", "two_squares-fixed", "--n", 16, "--steps", 2, "--out", tmp_path/"d")[0] == 0
+    assert run(capsys, "study", "demo", "--quick", "--workers", 1, "--out", tmp_path/"s")[0] == 0
+    a, b = pd.read_csv(tmp_path/"d"/"demo.csv"), results("demo", tmp_path/"s")
+    pd.testing.assert_frame_equal(a[["images", *SHOWN]], b[["images", *SHOWN]], rtol=1e-5)
+    plan = [(r.task, r.palette) for r in STUDIES["demo"].plan(False)]
+    assert sorted(plan) == sorted(tuple(k.rsplit("-", 1)) for k in list_releases(WEIGHTS))
+    assert [(r.task, r.palette) for r in cli.demo_plan("", 160, 25, 1., 0, 4.)] == plan
 
 
 def test_demo_again_gives_the_same_table(weights, tmp_path, capsys):
@@ -167,14 +292,12 @@ def test_demo_again_gives_the_same_table(weights, tmp_path, capsys):
 def test_a_model_that_has_learned_nothing_is_measured(weights, tmp_path, capsys, monkeypatch):
     "Pale images are unreadable, not a mistake of the caller's."
     pale = .5 + .5*torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(cli, "sample_batches", lambda *args, **kw: iter([pale]))
+    monkeypatch.setattr(cli, "sample_batches", lambda *args, **kw: iter([None, pale]))
     status, out, err = run(capsys, "demo", "--n", 16, "--out", tmp_path/"d")
-    assert status == 0 and "two_squares fixed" in out, err
+    assert status == 0 and "two_squares" in out, err
 
 
-@pytest.mark.parametrize("args,word", [(["--n", "0"], "n must"), (["--n", "-5"], "n must"),
-                                       (["--steps", "0"], "steps"), (["--steps", "1001"], "steps"), (["--seed", "-1"], "seed"),
-                                       (["--only", "moon"], "two_squares-fixed")])
+@pytest.mark.parametrize("args,word", [(["--n", "15"], "n must"), (["--eta", "1.5"], "eta"), (["--only", "moon"], "two_squares-fixed")])
 def test_demo_refuses_before_it_works(args, word, weights, tmp_path, capsys):
     assert word in fails(capsys, "demo", *args, "--out", tmp_path/"d") and not (tmp_path/"d").exists()
 
@@ -223,11 +346,11 @@ sys.exit(cli.main(['demo', '--n', '512', '--steps', '1000', '--out', sys.argv[2]
 
 
 def test_an_interrupted_demo(tmp_path):
-    release(tmp_path/"w")
+    for p in ("random", "fixed"): release(tmp_path/"w", f"two_squares-{p}", TASK.with_(palette=p))
     p = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path/"w"), str(tmp_path/"d")], cwd=ROOT, text=True,
                          env=clean_env(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        assert p.stdout.readline() == "GO\n"
+        assert "GO\n" in iter(p.stdout.readline, "")
         time.sleep(1)
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=120)
@@ -235,12 +358,258 @@ def test_an_interrupted_demo(tmp_path):
     assert p.returncode == 130 and "interrupted" in err and "Traceback" not in err and not list((tmp_path/"d").iterdir())
 
 
-def test_a_reader_that_leaves_is_no_error():
-    report = "import sys; from rulediff_nb.cli import main; sys.exit(main(['report', '--table', 'guidance']))"
-    p = subprocess.Popen([sys.executable, "-c", report], cwd=ROOT, env=clean_env(), text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE)
-    p.stdout.close()
-    assert p.stderr.read() == "" and p.wait(timeout=120) == 141
+# ---------------------------------------------------------------- samples and contents
+
+def drawn(n=5, **kw): return to_bytes(sample(load_pretrained("two_squares"), n, 3, **(dict(eta=1., seed=7) | kw)))
+
+
+ARGS = "sample", "two_squares", "--n", 5, "--steps", 3, "--seed", 7
+
+
+def test_samples_are_what_the_api_draws(tmp_path, capsys):
+    for out in ("a.png", "b.npz", "c"):
+        status, said, _ = run(capsys, *ARGS, "--out", tmp_path/out)
+        assert status == 0 and said == f"written: {tmp_path/out}\n"
+    pngs = np.stack([np.array(Image.open(p)) for p in sorted((tmp_path/"c").iterdir())])
+    for a in (read_grid(tmp_path/"a.png"), np.load(tmp_path/"b.npz")["images"], pngs): assert np.array_equal(a, drawn())
+
+
+def test_samples_follow_their_options(tmp_path, capsys):
+    def pixels(*more):
+        assert run(capsys, *ARGS, "--out", tmp_path/"x.npz", *more)[0] == 0
+        return np.load(tmp_path/"x.npz")["images"]
+    assert np.array_equal(pixels("--eta", 0), drawn(eta=0.)) and np.array_equal(pixels("--seed", 8), drawn(seed=8))
+    plain, pulled = pixels(), pixels("--scale", 20)
+    assert plain.shape == pulled.shape and np.abs(plain.astype(int) - pulled).max() > 8
+    assert not np.array_equal(pixels("--palette", "random"), plain)
+
+
+def test_samples_of_a_readers_own_weights(tmp_path, capsys):
+    release(tmp_path/"own")
+    file = tmp_path/"own"/"two_squares-fixed.safetensors"
+    for path in (file, tmp_path/"own"):
+        assert run(capsys, *ARGS, "--weights", path, "--out", tmp_path/"x.npz")[0] == 0
+        assert np.load(tmp_path/"x.npz")["images"].shape == (5, 16, 16, 3)
+    err = fails(capsys, "sample", "two_circles", "--weights", file, "--out", tmp_path/"y.npz")
+    assert "two_squares" in err and "two_circles" in err and not (tmp_path/"y.npz").exists()
+
+
+def test_samples_can_be_reported_on(tmp_path, capsys):
+    assert run(capsys, *ARGS, "--out", tmp_path/"x.npz")[0] == 0
+    status, out, _ = run(capsys, "report", "--task", "two_squares", "--images", tmp_path/"x.npz")
+    assert status == 0 and "5 read, 0 files" in out
+
+
+@pytest.mark.parametrize("out,word", [("x.jpg", ".png or .npz"), ("file/x.png", "cannot write"), ("file", "")])
+def test_samples_are_refused_before_any_work(out, word, tmp_path, capsys, monkeypatch):
+    (tmp_path/"file").write_text("x")
+    monkeypatch.setattr(cli, "load_pretrained", lambda *a, **k: pytest.fail("worked before it looked at the place"))
+    assert word in fails(capsys, *ARGS, "--out", tmp_path/out) and (tmp_path/"file").read_text() == "x"
+
+
+def test_list_names_all_there_is(capsys):
+    status, out, err = run(capsys, "list")
+    assert status == 0 and err == "" and set(RULES) == set(TASKS)
+    for task, rule in RULES.items(): assert re.search(rf"(?m)^  {task} +{re.escape(rule)}$", out)
+    for key in list_releases(WEIGHTS):
+        gap = json.loads((WEIGHTS/f"{key}.json").read_text())["report"]["rows"]["rule_gap"]
+        assert re.search(rf"(?m)^{key} +{gap['value']:.3f} +{gap['low']:.3f} +{gap['high']:.3f} ", out)
+    for key in list_releases(WEIGHTS/"classifiers"): assert f"  {key}\n" in out
+    for name, s in STUDIES.items(): assert re.search(rf"(?m)^  {name} +{re.escape(s.title)}$", out)
+
+
+def test_a_task_of_the_readers_own_is_listed_by_its_docstring(capsys, monkeypatch):
+    class Own: "Rule a == b."
+    monkeypatch.setitem(cli.TASKS, "own", Own())
+    assert "own              Rule a == b." in run(capsys, "list")[1]
+
+
+# ---------------------------------------------------------------- studies
+
+class Toss(NamedTuple):
+    coin: str
+    seed: int
+
+
+def tosses(quick): return [Toss(c, s) for s in range(1 if quick else 2) for c in ("fair", "bent")]
+def share(row, work): return dict(share=row.seed + (.5 if row.coin == "fair" else .7), throws=10)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    "A small study, registered for this test alone."
+    monkeypatch.setattr(table, "STUDIES", dict(STUDIES))
+    return register_study(Study("toy", "is the coin fair?", tosses, share, keys=("coin",), shown=("share", "throws")))
+
+
+def again(study, **changes):
+    "The same study, changed."
+    from dataclasses import replace
+    return register_study(replace(study, **changes))
+
+
+def test_a_study_says_what_is_before_it_and_what_each_row_gave(toy, tmp_path, capsys):
+    status, out, err = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
+    assert status == 0 and err == "" and out.splitlines() == [
+        "toy: 4 rows, 0 are there, 4 to do, without a training", "fair seed=0: share 0.500, throws 10.000",
+        "bent seed=0: share 0.700, throws 10.000", "fair seed=1: share 1.500, throws 10.000", "bent seed=1: share 1.700, throws 10.000",
+        f"table: {tmp_path/'r'/'toy.csv'}"]
+    assert results("toy", tmp_path/"r").share.tolist() == [.5, .7, 1.5, 1.7]
+    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")[1].splitlines()[0] == "toy: 4 rows, 4 are there, 0 to do"
+
+
+def test_the_first_line_comes_before_any_work(toy, tmp_path, capsys, monkeypatch):
+    def stop(*a, **kw): raise ValueError("at work")
+    monkeypatch.setattr(cli, "run_study", stop)
+    status, out, err = run(capsys, "study", "toy", "--out", tmp_path/"r")
+    assert status == 1 and out.startswith("toy: 4 rows") and err == "rulediff study: at work\n"
+
+
+def test_a_study_counts_its_trainings(tmp_path, capsys):
+    args = ["grid", "two_squares,two_circles", "--changes", "channels=16,16 attention=False,False head_dim=8 batch=8", "--steps", "2",
+            "--seeds", "0", "--n", "32", "--images", "16", "--workers", "1", "--out", tmp_path/"g"]
+    status, out, _ = run(capsys, *args)
+    lines = out.splitlines()
+    assert status == 0 and lines[0] == "grid: 2 rows, 0 are there, 2 to do, with 2 trainings" and lines[-1] == f"table: {tmp_path/'g'/'grid.csv'}"
+    assert sum("trained" in v for v in lines) == 2 and sum("rule_gap" in v for v in lines) == 2
+    table = read_table(tmp_path/"g"/"grid.csv")
+    assert table.task.tolist() == ["two_squares", "two_circles"] and {"readable", "rule_gap_low", "mse_100", "label"} <= set(table)
+    assert run(capsys, *args)[1].splitlines()[0] == "grid: 2 rows, 2 are there, 0 to do"
+
+
+@pytest.mark.parametrize("args,word", [
+    (["moon"], "moon"), (["two_squares", "--steps", "ten"], "steps must be"), (["two_squares", "--changes", "lr=fast"], "lr must be"),
+    (["two_squares", "--steps", "0"], "steps"), (["two_squares", "--seeds", "-1"], "seed"), (["two_squares", "--images", "0"], "images")])
+def test_a_grid_is_refused_in_one_line(args, word, tmp_path, capsys):
+    assert word in fails(capsys, "grid", *args, "--out", tmp_path/"g") and not (tmp_path/"g").exists()
+
+
+def test_a_grid_says_when_runs_failed(tmp_path, capsys):
+    status, out, err = run(capsys, "grid", "two_squares", "--changes", "batch=8 optimizer=magic", "--steps", "1", "--seeds", "0", "--n", "32",
+                           "--workers", "1", "--out", tmp_path)
+    assert status == 1 and "magic" in out and err == "rulediff grid: 1 of 1 rows failed, see above; the same command tries them again\n"
+
+
+def test_rows_that_are_asked_for(toy, tmp_path, capsys):
+    out = run(capsys, "study", "toy", "--workers", 1, "--only", "coin=bent seed=1,7", "--out", tmp_path/"r")[1].splitlines()
+    assert out[0].startswith("toy: 1 rows") and len(out) == 3 and out[1].startswith("bent seed=1")
+    assert "no row fits coin=round" in fails(capsys, "study", "toy", "--only", "coin=round", "--out", tmp_path/"q") and not (tmp_path/"q").exists()
+
+
+def test_a_quick_study_is_short(toy, tmp_path, capsys):
+    assert run(capsys, "study", "toy", "--quick", "--workers", 1, "--out", tmp_path/"r")[1].startswith("toy: 2 rows")
+
+
+def test_where_a_study_goes_by_itself(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--quick"]): assert run(capsys, "study", "toy", "--workers", 1, *more)[0] == 0
+    assert sorted(p.name for p in (tmp_path/"runs").iterdir()) == ["toy", "toy-quick"]
+
+
+def test_a_row_that_fails_is_named_and_the_others_go_on(toy, tmp_path, capsys):
+    def fragile(row, work): return dict(share=1/(row.seed - 1))
+    again(toy, measure=fragile)
+    status, out, err = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
+    assert status == 1 and out.count("ZeroDivisionError") == 2 and "fair seed=0: share -1.000" in out
+    assert err == "rulediff study: 2 of 4 rows failed, see above; the same command tries them again\n"
+    again(toy)
+    status, out, _ = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
+    assert status == 0 and out.startswith("toy: 4 rows, 2 are there, 2 to do")
+
+
+def test_a_row_of_several_lines_says_their_range(toy, tmp_path, capsys):
+    def many(row, work): return [dict(share=v) for v in (.25, .75)]
+    again(toy, measure=many)
+    assert "fair seed=0: share 0.250 to 0.750\n" in run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")[1]
+
+
+def test_a_budget_that_is_spent(toy, tmp_path, capsys):
+    def slow(row, work): time.sleep(.3); return share(row, work)
+    again(toy, measure=slow)
+    status, out, _ = run(capsys, "study", "toy", "--workers", 1, "--budget", .2, "--out", tmp_path/"r")
+    assert status == 0 and "no time is left for 3 more: the same command goes on" in out and len(results("toy", tmp_path/"r")) == 1
+
+
+def test_shipping_and_measuring_again(toy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "ship_table", functools.partial(ship, folder=tmp_path/"shelf"))
+    monkeypatch.setattr("rulediff_nb.study.results", functools.partial(results, folder=tmp_path/"shelf"))
+    status, out, _ = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r", "--ship")
+    assert status == 0 and out.splitlines()[-1] == "4 lines ship now" and table_names(tmp_path/"shelf") == ["toy"]
+    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"new")[1].startswith("toy: 4 rows, 4 are there")
+    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"newer", "--again")[1].startswith("toy: 4 rows, 0 are there")
+    for wrong in ("--quick", "--only=fair"): assert "--ship wants" in fails(capsys, "study", "toy", "--ship", wrong, "--out", tmp_path/"q")
+
+
+def test_all_studies(toy, tmp_path, capsys, monkeypatch):
+    two = Study("toy_b", "is this one fair?", tosses, share, keys=("coin",), shown=("share",))
+    hidden = Study("hidden", "a reader's own", tosses, share, public=False)
+    monkeypatch.setattr(cli, "studies", lambda: dict(toy=toy, toy_b=two, hidden=hidden))
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "study", "--all", "--quick", "--workers", 1)
+    heads = [v for v in out.splitlines() if ": 2 rows" in v]
+    assert status == 0 and heads == [f"{k}: 2 rows, 0 are there, 2 to do, without a training" for k in ("toy", "toy_b")]
+    def broken(row, work): raise OSError("no disk")
+    monkeypatch.setattr(cli, "studies", lambda: dict(toy=Study("toy", "", tosses, broken, version=2), toy_b=two))
+    status, out, err = run(capsys, "study", "--all", "--quick", "--workers", 1, "--again")
+    assert status == 1 and "toy: 2 of 2 rows failed" in err and "toy_b: 2 rows" in out
+    for wrong in (["toy", "--all"], ["--all", "--out", "x"]): assert "--all runs every" in fails(capsys, "study", *wrong)
+
+
+def test_studies_are_listed_with_their_rows(capsys, toy):
+    status, out, _ = run(capsys, "study")
+    rows = {v.split()[0]: v for v in out.splitlines()}
+    assert status == 0 and re.match(r"ruler +10 of 10 +what the ruler", rows["ruler"])
+    assert re.match(r"toy +no table ships, 4 rows +is the coin fair\?", rows["toy"])
+    for name in table_names(): assert re.match(rf"{name} +\d+ of {len(STUDIES[name].plan(False))} ", rows[name])
+
+
+def test_unknown_studies_and_tables_name_the_nearest(capsys):
+    for command in ("study", "table"): assert "did you mean 'recipes'?" in fails(capsys, command, "recips")
+
+
+# ---------------------------------------------------------------- tables
+
+@pytest.mark.parametrize("name", table_names())
+def test_every_stored_table_can_be_printed(name, capsys):
+    status, out, err = run(capsys, "table", name)
+    assert status == 0 and err == "" and out.rstrip().endswith(f"{len(results(name))} lines; measured again by: rulediff study {name}")
+    assert set(cli.shown_table(name).columns) == set(out.splitlines()[0].split())
+    status, out, _ = run(capsys, "table", name, "--csv")
+    assert status == 0 and out == (table.RESULTS/f"{name}.csv").read_text()
+
+
+def test_tables_are_listed(capsys):
+    status, out, _ = run(capsys, "table")
+    assert status == 0 and [v.split()[:2] for v in out.splitlines()[1:]] == [[k, str(len(results(k)))] for k in table_names()]
+
+
+def test_lines_of_a_table(capsys):
+    want = results("curves").query("task in ('two_circles', 'two_squares') and steps == 3200")
+    where = ["--where", "task=two_circles,two_squares steps=3200"]
+    out = run(capsys, "table", "curves", *where, "--csv")[1].splitlines()
+    stored = (table.RESULTS/"curves.csv").read_text().splitlines()
+    assert 0 < len(want) < len(results("curves")) and out == [stored[0], *(stored[i + 1] for i in want.index)]
+    assert f"\n{len(want)} lines; measured again" in run(capsys, "table", "curves", *where)[1]
+    for number in ("3200.0", "3.2e3"):
+        out = run(capsys, "table", "curves", "--where", f"steps={number}")[1]
+        assert f"{(results('curves').steps == 3200).sum()} lines;" in out
+
+
+@pytest.mark.parametrize("where,word", [("tsak=two_circles", "did you mean 'task'?"), ("task=moon", "task is one of"),
+                                        ("two_circles", "COLUMN=VALUE"), ("task=two_circles steps=7", "no line has steps=7")])
+def test_lines_that_do_not_exist(where, word, capsys): assert word in fails(capsys, "table", "curves", "--where", where)
+
+
+def test_a_table_of_a_readers_own_run(toy, tmp_path, capsys):
+    run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
+    status, out, _ = run(capsys, "table", "toy", "--folder", tmp_path/"r")
+    assert status == 0 and "1.000 [0.500, 1.500]" in out and "1.200 [0.700, 1.700]" in out
+    assert "toy" in run(capsys, "table", "--folder", tmp_path/"r")[1]
+
+
+def test_a_text_table():
+    df = pd.DataFrame(dict(name=["a", "long"], n=[12, 3], gap=[.5, np.nan]))
+    assert cli.text_table(df).splitlines() == ["name  n   gap", "a    12 0.500", "long  3     -"] and cli.text_table(df[:0]) == "nothing"
 
 
 # ---------------------------------------------------------------- train
@@ -280,7 +649,31 @@ def test_train_interrupted_resumed_released(tiny, tmp_path, capsys, monkeypatch)
     said = m.manifest
     assert said["steps"] == 4 and said["images_in_set"] == 20 and said["images_seen"] == 16 and said["seed"] == 0
     assert said["report"]["n"] == 64 and {"rule_gap", "readable", "memorized"} <= set(said["report"]["rows"])
-    assert {"revision", "hardware", "sha256", "torch", "diffusers"} <= set(said) and json.dumps(said, allow_nan=False)
+    assert {"revision", "dirty", "hardware", "device", "threads", "cores", "system", "python", "package", "versions", "sha256", "torch",
+            "diffusers"} <= set(said) and json.dumps(said, allow_nan=False)
+    assert not {"floor", "chance"} & set(said["report"]["rows"])
+
+
+def test_train_says_where_the_weights_are_and_how_to_load_them(tiny, tmp_path, capsys):
+    status, out, _ = run(capsys, *TRAIN, "--out", tmp_path)
+    *_, where, how, sample_it = out.splitlines()
+    file = next(tmp_path.iterdir())/"two_squares-fixed.safetensors"
+    assert status == 0 and where == f"weights: {file}" and file.exists() and how.startswith("load them: load_pretrained(")
+    model = eval(how.removeprefix("load them: "), dict(load_pretrained=load_pretrained))
+    assert model.manifest["steps"] == 4 and model.recipe.task.name == "two_squares"
+    words = sample_it.removeprefix("sample: rulediff ").split()
+    assert run(capsys, *words, "--n", 2, "--steps", 1, "--out", tmp_path/"s.npz")[0] == 0
+
+
+def test_a_resumed_run_counts_from_where_it_stands(tiny, tmp_path, capsys, monkeypatch):
+    begun = []
+    def progress(steps, total=None, label="", note=None, delay=0., initial=0):
+        if note is None: return steps   # sampling for the report
+        begun.append((initial, total))
+        return interrupt_after(3)(steps)
+    monkeypatch.setattr(cli, "progress", progress)
+    for _ in range(2): run(capsys, *TRAIN, "--out", tmp_path)
+    assert begun == [(0, 4), (3, 4)]
 
 
 def test_train_beside_its_checkpoint_and_again(tiny, tmp_path, capsys):
@@ -301,360 +694,67 @@ def test_train_that_blows_up(tmp_path, capsys, monkeypatch):
     assert "learning rate" in fails(capsys, *["20" if a == 4 else a for a in TRAIN], "--out", tmp_path)
 
 
-# ---------------------------------------------------------------- report
-
-@pytest.mark.parametrize("args", [["--task", "two_squares"], ["--images", "PNG"]])
-def test_report_wants_both(args, pngs, capsys):
-    assert "--images" in fails(capsys, "report", *[pngs if a == "PNG" else a for a in args])
-
-
-def test_report_on_a_folder(pngs, tmp_path, capsys):
-    (pngs/"notes.txt").write_text("no image")
-    status, out, _ = run(capsys, *REPORT, pngs, "--out", tmp_path/"r.csv")
-    assert status == 0 and "8 images" in out and "not measured" in out
-    rows = list(csv.DictReader((tmp_path/"r.csv").open()))
-    assert [r["images"] for r in rows] == ["floor", "images", "chance"] and float(rows[1]["readable"]) == 1
-    assert float(rows[1]["error_px"]) < .05
-
-
-def test_what_is_loaded_is_what_was_drawn(pngs, tmp_path):
-    want = from_bytes(PIXELS)
-    assert torch.equal(load_images(pngs), want)
-    for shape in (PIXELS, PIXELS.transpose(0, 3, 1, 2)):
-        np.savez(tmp_path/"x.npz", images=shape)
-        assert torch.equal(load_images(tmp_path/"x.npz"), want)
-
-
-def test_report_on_an_npz(tmp_path, capsys):
-    np.savez_compressed(tmp_path/"x.npz", PIXELS)
-    status, out, _ = run(capsys, *REPORT, tmp_path/"x.npz")
-    assert status == 0 and "8 images" in out
-
-
-def test_report_at_another_size_and_palette(tmp_path, capsys):
-    np.savez(tmp_path/"x.npz", to_bytes(TASK.sample(4, 0)[0]))
-    status, out, _ = run(capsys, *REPORT, tmp_path/"x.npz", "--palette", "fixed")
-    assert status == 0 and "size=16" in out and "palette=fixed" in out
-
-
-def test_images_are_measured_once(pngs, tmp_path, capsys, monkeypatch):
-    cls, seen = type(TASKS["two_squares"]), []
-    features = cls.features
-    monkeypatch.setattr(cls, "features", lambda self, x: seen.append(len(x)) or features(self, x))
-    assert run(capsys, *REPORT, pngs, "--per-image", tmp_path/"i.csv")[0] == 0
-    assert seen.count(8) == 1   # the floor has other images, and more of them
-
-
-ONE = Image.fromarray(PIXELS[0])
-
-
-def see_through(image, alpha):
-    "The image with one alpha everywhere."
-    out = image.convert("RGBA")
-    out.putalpha(alpha)
-    return out
-
-
-def deep_png(path, colours=3):
-    "A PNG of 16 bits per channel, which Pillow can read and not write."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    rows = b"".join(b"\0" + bytes(32*2*colours) for _ in range(32))
-    head = struct.pack(">IIBBBBB", 32, 32, 16, {1: 0, 3: 2, 4: 6}[colours], 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
-def blank(*size, mode="RGB"): return Image.new(mode, size)
-
-
-BAD = {  # what stands in the file, its name, a word of the reason
-    "grey": (ONE.convert("L").save, "z.png", "greyscale (mode L): the ruler tells objects apart by their colours"),
-    "grey alpha": (ONE.convert("LA").save, "z.png", "greyscale (mode LA)"), "bits": (ONE.convert("1").save, "z.png", "greyscale (mode 1)"),
-    "grey jpeg": (ONE.convert("L").save, "z.jpg", "greyscale"),
-    "deep grey": (Image.new("I;16", (32, 32)).save, "z.png", "16 or more bits"), "deep": (deep_png, "z.png", "16 or more bits"),
-    "deep alpha": (functools.partial(deep_png, colours=4), "z.png", "16 or more bits"),
-    "floats": (blank(32, 32, mode="F").save, "z.tiff", "bits"),
-    "cmyk": (ONE.convert("CMYK").save, "z.tif", "mode CMYK, wanted RGB"), "cmyk jpeg": (ONE.convert("CMYK").save, "z.jpg", "mode CMYK"),
-    "lab": (blank(32, 32, mode="LAB").save, "z.tif", "mode LAB"),
-    "gif": (lambda p: ONE.save(p, save_all=True, append_images=[ONE.rotate(90)]), "z.gif", "animated or has several pages (2 frames)"),
-    "apng": (lambda p: ONE.save(p, save_all=True, append_images=[ONE.rotate(90)]), "z.png", "animated"),
-    "webp": (lambda p: ONE.save(p, save_all=True, append_images=[ONE.rotate(90)]), "z.webp", "animated"),
-    "pages": (lambda p: ONE.save(p, save_all=True, append_images=[ONE]), "z.tif", "2 frames"),
-    "size": (blank(16, 16).save, "z.png", "is 16x16, most of the others are 32x32"),
-    "oblong": (blank(32, 16).save, "0.png", "is 32x16, wanted a square"),
-    "small": (blank(15, 15).save, "z.png", "is 15x15: a task has 16 to 256 pixels a side"),
-    "huge": (blank(257, 257).save, "z.PNG", "is 257x257"),
-    "empty": (lambda p: p.write_bytes(b""), "z.png", "is not an image"),
-    "text": (lambda p: p.write_text("hello"), "z.webp", "is not an image"),
-    "cut": (lambda p: (ONE.save(p), p.write_bytes(p.read_bytes()[:90])), "z.png", "is not a whole image"),
-    "cut jpeg": (lambda p: (ONE.save(p), p.write_bytes(p.read_bytes()[:-300])), "z.jpg", "is not a whole image"),
-    "link": (lambda p: p.symlink_to("nowhere.png"), "z.png", "is not a whole image: No such file")}
-
-
-@pytest.mark.parametrize("how", BAD)
-def test_what_cannot_be_used_is_named_and_the_rest_measured(how, pngs, capsys):
-    make, name, word = BAD[how]
-    (pngs/name).unlink(missing_ok=True)
-    make(pngs/name)
-    n = 8 if name[0] == "z" else 7
-    found = read_images(pngs)
-    assert [p.name for p in found.problems] == [name] and word in found.problems[0].why and found.x.shape == (n, 3, 32, 32)
-    assert name not in found.names and found.notes == [] and str(pngs) not in found.problems[0].why
-    with pytest.raises(ValueError, match=f"{name} "): load_images(pngs)
-    err = fails(capsys, *REPORT, pngs, "--strict")
-    assert word in err and name in err
-
-
-def test_the_report_counts_what_could_not_be_used(pngs, capsys):
-    for how in ("grey", "cut jpeg", "gif"): BAD[how][0](pngs/BAD[how][1])
-    status, out, err = run(capsys, *REPORT, pngs)
-    assert status == 0 and "8 images" in out and "8 read, 3 files could not be used:" in out
-    for _, name, word in (BAD[k] for k in ("grey", "cut jpeg", "gif")):
-        assert f"  {name} " in out and f"rulediff report: {name} " in err and word in out
-    assert len(err.splitlines()) == 3
-    for p in ("z.jpg", "z.gif"): (pngs/p).unlink()
-    assert "8 read, 1 file could not be used:" in run(capsys, *REPORT, pngs)[1]
-    (pngs/"z.png").unlink()
-    status, out, err = run(capsys, *REPORT, pngs)
-    assert out.rstrip().endswith("8 read, 0 files could not be used") and err == ""
-
-
-def test_a_file_that_may_not_be_read_is_named(pngs, monkeypatch):
-    plain = Image.open
-
-    def refuse(path):
-        if Path(path).name == "3.png": raise PermissionError(13, "Permission denied", str(path))
-        return plain(path)
-    monkeypatch.setattr(cli.Image, "open", refuse)
-    assert read_images(pngs).problems == [("3.png", "is not a whole image: Permission denied")]
-
-
-def test_a_picture_that_would_fill_the_memory_is_not_decoded(pngs):
-    blob = bytearray((pngs/"0.png").read_bytes())
-    for side in (12_000, 50_000):   # one that Pillow warns of, one that it refuses
-        blob[16:24] = struct.pack(">II", side, side)
-        blob[29:33] = struct.pack(">I", zlib.crc32(blob[12:29]))
-        (pngs/"z.png").write_bytes(blob)
-        assert [p.name for p in read_images(pngs).problems] == ["z.png"]
-
-
-def test_hidden_files_folders_and_other_files_are_left_alone(pngs):
-    (pngs/"inner.png").mkdir()
-    for p in (pngs/"inner.png"/"a.png", pngs/".hidden.png", pngs/"._0.png"): blank(8, 8).save(p)
-    for name in ("notes.txt", "Thumbs.db", "png"): (pngs/name).write_text("no image")
-    blank(32, 32).save(pngs/"UPPER.PNG")
-    found = read_images(pngs)
-    assert found.names == [*(f"{i}.png" for i in range(8)), "UPPER.PNG"] and not found.problems
-
-
-def test_the_size_that_most_files_have_is_measured(tmp_path, capsys):
-    for i, s in enumerate((16, 24, 24, 16, 24, 300)): blank(s, s).save(tmp_path/f"{i}.png")
-    found = read_images(tmp_path)
-    assert found.names == ["1.png", "2.png", "4.png"] and found.x.shape[-1] == 24
-    assert [p.why[:8] for p in found.problems] == ["is 16x16", "is 16x16", "is 300x3"]
-    (tmp_path/"4.png").unlink()
-    assert read_images(tmp_path).names == ["0.png", "3.png"]   # a tie: the size of the first
-    with pytest.raises(ValueError, match="1.png is 24x24, most"): (tmp_path/"5.png").unlink(), load_images(tmp_path)
-
-
-@pytest.mark.parametrize("size", [16, 17, 48, 256])
-def test_all_sizes_of_worlds_are_read(size, tmp_path, capsys):
-    x = TASK.with_(size=size).sample(3, 0)[0]
-    for i, v in enumerate(to_bytes(x)): Image.fromarray(v).save(tmp_path/f"{i}.png")
-    assert (load_images(tmp_path) - x).abs().max() < 1/127
-    if size < 32:
-        status, out, _ = run(capsys, *REPORT, tmp_path, "--palette", "fixed")
-        assert status == 0 and f"size={size}" in out
-
-
-def test_nothing_that_can_be_used_is_one_line(tmp_path, capsys):
-    for i in range(5): (tmp_path/f"{i}.png").write_text("x")
-    err = fails(capsys, *REPORT, tmp_path)
-    assert "none of 5 files" in err and "2.png is not an image" in err and "3.png" not in err and "2 more" in err
-    blank(300, 300).save(tmp_path/"0.png")
-    assert "is 300x300" in fails(capsys, *REPORT, tmp_path)
-    for i in range(1, 5): (tmp_path/f"{i}.png").unlink()
-    assert fails(capsys, *REPORT, tmp_path).endswith("16 to 256 pixels a side\n")
-
-
-def test_palettes_and_alpha(pngs, capsys):
-    want = load_images(pngs)
-    see_through(ONE, 255).save(pngs/"0.png")
-    see_through(ONE, 255).save(pngs/"1.png")
-    see_through(ONE, 128).save(pngs/"2.png")
-    ONE.quantize(256).save(pngs/"3.png")
-    ONE.quantize(256).save(pngs/"4.gif")
-    indexed = Image.fromarray(np.full((32, 32), 1, np.uint8)).convert("P")
-    indexed.putpalette([255, 0, 0, 0, 0, 255])
-    indexed.save(pngs/"5.png", transparency=1)       # blue, and blue is transparent
-    blank(32, 32).save(pngs/"6.png", transparency=(0, 0, 0))
-    found = read_images(pngs)
-    assert not found.problems and found.notes == ["2 of 9 images: alpha channel that is opaque everywhere, dropped",
-                                                  "3 of 9 images: transparent, composed onto white"]
-    x = dict(zip(found.names, found.x))
-    for name in ("0.png", "1.png", "3.png", "4.gif"): assert (x[name] - want[0]).abs().max() < 1e-6, name
-    assert (x["2.png"] - (1 + (want[0] - 1)*128/255)).abs().max() < 2/127
-    assert (x["5.png"] == 1).all() and (x["6.png"] == 1).all() and (x["7.png"] - want[7]).abs().max() < 1e-6
-    status, out, err = run(capsys, *REPORT, pngs)
-    assert status == 0 and err.splitlines() == [f"rulediff report: {v}" for v in found.notes] and "9 read, 0 files" in out
-
-
-def test_damaged_images_are_named(pngs, capsys):
-    blob = (pngs/"3.png").read_bytes()
-    cuts = [b"", b"x", blob[:10], blob[:len(blob)//2], blob[:-12]]
-    for bad in [*cuts, *(blob[:i] + bytes([blob[i] ^ 0x5a]) + blob[i + 1:] for i in range(8, len(blob), 5))]:
-        (pngs/"3.png").write_bytes(bad)
-        try: load_images(pngs)
-        except ValueError as e: assert "3.png" in str(e)   # other flips leave a picture of the same size: not to be known
-    (pngs/"3.png").write_bytes(cuts[2])
-    assert "3.png" in fails(capsys, *REPORT, pngs, "--strict") and read_images(pngs).problems[0].name == "3.png"
-
-
-NPZ = {"floats": dict(a=PIXELS.astype(np.float32)), "two": dict(a=PIXELS, b=PIXELS), "none": {}, "flat": dict(a=PIXELS[0]),
-       "grey": dict(a=PIXELS[..., :1]), "oblong": dict(a=PIXELS[:, :16]), "empty": dict(a=PIXELS[:0]), "tiny": dict(a=PIXELS[:, :8, :8]),
-       "objects": dict(a=np.array([{}], dtype=object)), "deep": dict(a=PIXELS.astype(np.uint16)), "greys": dict(a=PIXELS[..., 0]),
-       "five": dict(a=np.zeros((2, 32, 32, 5), np.uint8)), "large": dict(a=np.zeros((2, 257, 257, 3), np.uint8)), "number": dict(a=3)}
-WORD = {"grey": "by their colours", "greys": "by their colours", "deep": "uint16", "large": "16 to 256", "tiny": "16 to 256",
-        "oblong": "with s from", "empty": "no images", "objects": "not a whole .npz"}
-
-
-@pytest.mark.parametrize("how", NPZ)
-def test_arrays_that_do_not_fit(how, tmp_path, capsys):
-    np.savez(tmp_path/"x.npz", **NPZ[how])
-    err = fails(capsys, *REPORT, tmp_path/"x.npz")
-    assert "x.npz" in err and WORD.get(how, "holds") in err
-
-
-def test_an_array_with_alpha(tmp_path):
-    alpha = np.full((*PIXELS.shape[:3], 1), 255, np.uint8)
-    alpha[2:5] = 0
-    for order in ((0, 1, 2, 3), (0, 3, 1, 2)):
-        np.savez(tmp_path/"x.npz", np.concatenate([PIXELS, alpha], 3).transpose(order))
-        found = read_images(tmp_path/"x.npz")
-        assert found.notes[1] == "3 of 8 images: transparent, composed onto white" and (found.x[2:5] == 1).all()
-        assert torch.equal(found.x[5:], from_bytes(PIXELS[5:])) and found.names[7] == "x.npz[7]"
-
-
-@pytest.mark.parametrize("blob", [b"", b"x"*100, b"PK\3\4" + b"x"*100, None])
-def test_a_damaged_npz_is_named(blob, tmp_path, capsys):
-    np.savez(tmp_path/"x.npz", PIXELS)
-    (tmp_path/"x.npz").write_bytes((tmp_path/"x.npz").read_bytes()[:-50] if blob is None else blob)
-    assert "x.npz" in fails(capsys, *REPORT, tmp_path/"x.npz")
-
-
-@pytest.mark.parametrize("where", ["missing", "empty", "0.png"])
-def test_nothing_to_report_on(where, pngs, tmp_path, capsys):
-    (pngs/"empty").mkdir()
-    assert where in fails(capsys, *REPORT, pngs/where)
-
-
-def test_a_report_that_cannot_be_written(pngs, capsys):
-    assert "cannot write" in fails(capsys, *REPORT, pngs, "--out", pngs/"0.png"/"r.csv")
-
-
-MEASURED = ("a", "b", "log_ratio", "measured_px", "predicted_px")
-
-
-@pytest.fixture
-def mixed(pngs):
-    "Eight good images, one of them unreadable to the ruler, and two files that are no use."
-    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(pngs/"5.png")
-    for how in ("grey", "cut jpeg"): BAD[how][0](pngs/BAD[how][1])
-    return pngs
-
-
-def test_a_row_per_image(mixed, tmp_path, capsys):
-    assert run(capsys, *REPORT, mixed, "--per-image", tmp_path/"i.csv")[0] == 0
-    rows = list(csv.DictReader((tmp_path/"i.csv").open()))
-    assert list(rows[0]) == ["schema", "file", "readable", "why", *MEASURED]
-    assert [r["file"] for r in rows] == [*(f"{i}.png" for i in range(8)), "z.jpg", "z.png"]
-    assert [r["readable"] for r in rows] == ["1"]*5 + ["0"] + ["1"]*2 + ["0"]*2 and {r["schema"] for r in rows} == {str(SCHEMA)}
-    assert {r["why"] for r in rows[:5]} == {"read"} and rows[5]["why"] in REASONS[1:]
-    assert rows[9]["why"].startswith("not used: is greyscale")
-    for r in rows[5], rows[8], rows[9]: assert not any(r[k] for k in MEASURED)
-    f = TASKS["two_squares"].factors(8, 0)
-    for i in (0, 1, 2, 3, 4, 6, 7):
-        a, b, log, got, want = (float(rows[i][k]) for k in MEASURED)
-        assert abs(got - 32*f.l2[i]) < .05 and abs(want - 48*f.l1[i]) < .05 and abs(log - math.log(b/a)) < 1e-4 and abs(b*32 - got) < 1e-3
-
-
-def test_a_row_per_image_of_an_array(tmp_path, capsys):
-    np.savez(tmp_path/"x.npz", PIXELS)
-    for option in ("--per-image", "--per_image"):
-        assert run(capsys, *REPORT, tmp_path/"x.npz", option, tmp_path/"i.CSV")[0] == 0
-    assert run(capsys, *REPORT, tmp_path/"x.npz", f"--per-image={tmp_path}/j.csv")[0] == 0
-    assert [r["file"] for r in csv.DictReader((tmp_path/"j.csv").open())] == [f"x.npz[{i}]" for i in range(8)]
-    assert (tmp_path/"i.CSV").read_text() == (tmp_path/"j.csv").read_text()
-
-
-def test_sides_that_are_not_finite_are_no_reading():
-    task = TASKS["two_squares"]
-    f = task.features(from_bytes(PIXELS))
-    f = f._replace(l1=f.l1.clone().index_fill_(0, torch.tensor([2]), math.nan))
-    found = cli.Images(from_bytes(PIXELS), list("abcdefgh"), [], [])
-    rows = list(csv.DictReader(cli.image_table(task, found, f).splitlines()))
-    assert [r["why"] for r in rows] == ["read"]*2 + ["not finite"] + ["read"]*5 and rows[2]["readable"] == "0" and not rows[2]["a"]
-
-
-@pytest.mark.parametrize("name", ["r.md", "r.MD"])
-def test_a_report_as_markdown(name, mixed, tmp_path, capsys):
-    see_through(ONE, 255).save(mixed/"0.png")
-    assert run(capsys, *REPORT, mixed, "--out", tmp_path/name)[0] == 0
-    text = (tmp_path/name).read_text()
-    assert text.startswith("# name=two_squares size=32 palette=random\n\n8 read, 2 files could not be used.\n")
-    assert "\n1 of 8 images: alpha channel that is opaque everywhere, dropped.\n" in text
-    table = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == ["", "8 images", "95 % interval", "floor", "chance"] and {len(r) for r in table} == {5}
-    rows = {r[0]: r for r in table[2:]}
-    assert tuple(rows) == ROWS and rows["memorized"][1] == "not measured"
-    assert rows["readable"][1:] == ["0.875", "0.625 .. 1.000", "1.000", "1.000"]
-    assert text.endswith(f"## Not used\n\n- `z.jpg` {read_images(mixed).problems[0].why}\n- `z.png` {read_images(mixed).problems[1].why}\n")
-
-
-def test_a_markdown_report_with_nothing_amiss(pngs, tmp_path, capsys):
-    assert run(capsys, *REPORT, pngs, "--out", tmp_path/"r.md")[0] == 0
-    text = (tmp_path/"r.md").read_text()
-    assert "8 read, 0 files could not be used." in text and "Not used" not in text and "\n\n\n" not in text
-
-
-@pytest.mark.parametrize("args,words", [(["--out", "r.txt"], (".csv or .md", "r.txt")), (["--out", "report"], (".csv or .md",)),
-                                        (["--per-image", "i.md"], ("--per-image", ".csv")), (["--per-image", "i"], (".csv",))])
-def test_an_unknown_ending_is_refused_before_any_work(args, words, pngs, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "read_images", lambda *a: pytest.fail("worked before it looked at the ending"))
-    err = fails(capsys, *REPORT, pngs, *args)
-    assert all(w in err for w in words)
-
-
-def test_a_list_that_cannot_be_written(pngs, capsys):
-    assert "cannot write" in fails(capsys, *REPORT, pngs, "--per-image", pngs/"0.png"/"i.csv")
-
-
 # ---------------------------------------------------------------- doctor
 
-def test_doctor(weights, tmp_path, capsys):
-    status, out, _ = run(capsys, "doctor", "--out", tmp_path/"d")
-    assert status == 0 and all(k in out for k in (*cli.LIBRARIES, torch.__version__, "device", "can be written"))
-    assert out.splitlines()[-1].split() == ["two_squares-fixed", "ok"] and not list((tmp_path/"d").glob("*"))
+@pytest.fixture
+def shelf(weights, guide, tmp_path, monkeypatch):
+    "Tables of the package beside tiny weights, to be damaged."
+    import shutil
+    for end in ("ruler.csv", "ruler.json", "certificate.csv", "certificate.json", "brief.npz"): shutil.copy(table.RESULTS/end, tmp_path/end)
+    (tmp_path/"brief.npz").rename(tmp_path/"certificate.npz")
+    monkeypatch.setattr(cli, "RESULTS", tmp_path)
+    return tmp_path
 
 
-def test_doctor_sees_what_is_wrong(weights, tmp_path, capsys):
-    f = weights/"two_squares-fixed.safetensors"
-    f.write_bytes(f.read_bytes() + b"x")
+NAMES = "two_squares-fixed", "two_squares-fixed-classifier", "table certificate", "table ruler"
+
+
+def test_doctor(shelf, tmp_path, capsys):
+    status, out, err = run(capsys, "doctor", "--out", tmp_path/"d")
+    assert status == 0 and err == "" and all(k in out for k in (*cli.LIBRARIES, torch.__version__, "device", "can be written"))
+    assert [v.rsplit(None, 1) for v in out.splitlines()[-4:]] == [[k, "ok"] for k in NAMES] and not list((tmp_path/"d").glob("*"))
+    assert f"threads         {torch.get_num_threads()}; OMP_WAIT_POLICY is " in out and "PASSIVE helps" in out
+
+
+def grown(path): path.write_bytes(path.read_bytes() + b"x")
+def shrunk(path): path.write_bytes(path.read_bytes()[:-200])
+def edited(path): path.write_text(path.read_text().replace("0.", "1.", 1))
+
+
+@pytest.mark.parametrize("file,name,harm,word", [
+    ("weights/two_squares-fixed.safetensors", NAMES[0], grown, "is damaged"), ("weights/two_squares-fixed.json", NAMES[0], edited, "was changed"),
+    ("classifiers/two_squares-fixed-classifier.safetensors", NAMES[1], shrunk, "is damaged"),
+    ("classifiers/two_squares-fixed-classifier.json", NAMES[1], edited, "was changed"),
+    ("certificate.csv", NAMES[2], edited, "was changed"), ("certificate.csv", NAMES[2], shrunk, "was changed"),
+    ("certificate.npz", NAMES[2], shrunk, "cannot be read"), ("ruler.json", NAMES[3], shrunk, "cannot be read"),
+    ("ruler.json", NAMES[3], Path.unlink, "cannot be read")])
+def test_doctor_sees_what_is_wrong(file, name, harm, word, shelf, tmp_path, capsys):
+    harm(shelf/file)
+    status, out, err = run(capsys, "doctor", "--out", tmp_path/"d")
+    lines = {k: v for v in out.splitlines()[-4:] for k in NAMES if v.startswith(f"{k} ")}
+    assert status == 1 and word in lines[name] and err == f"rulediff doctor: not as it should be: {name}\n"
+    assert all(lines[k].endswith(" ok") for k in NAMES if k != name)
+
+
+def test_doctor_sees_a_place_that_cannot_be_written(shelf, tmp_path, capsys):
     (tmp_path/"file").write_text("")
-    status, out, _ = run(capsys, "doctor", "--out", tmp_path/"file"/"d")
-    assert status == 0 and "cannot write" in out and "is damaged" in out
+    status, out, err = run(capsys, "doctor", "--out", tmp_path/"file"/"d")
+    assert status == 1 and "cannot write" in out and str(tmp_path/"file"/"d") in err
 
 
-def test_doctor_names_a_missing_library(weights, tmp_path, capsys, monkeypatch):
-    import importlib.metadata as meta
+def test_doctor_names_a_missing_library(shelf, tmp_path, capsys, monkeypatch):
     plain = meta.version
 
     def version(name):
         if name == "ipywidgets": raise meta.PackageNotFoundError(name)
         return plain(name)
     monkeypatch.setattr(meta, "version", version)
+    monkeypatch.setattr(cli, "version", version)
     status, out, _ = run(capsys, "doctor", "--out", tmp_path/"d")
-    assert status == 0 and "ipywidgets" in out and "two_squares-fixed" in out
+    assert status == 0 and "ipywidgets      missing" in out and "two_squares-fixed" in out
 
+
+# ---------------------------------------------------------------- going on from a finished run
 
 def test_a_run_goes_on_with_attention_and_another_rate(tmp_path):
     "What a finished run has learned is where the next one begins, also where that one has attention at more resolutions."
