@@ -7,7 +7,7 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'check_images', 'range_known', 'check_range',
            'to_8bit', 'to_bytes', 'from_bytes', 'default_device', 'show', 'to_numpy', 'plot_rule', 'Panel', 'mosaic',
-           'plot_panels', 'plot_errors', 'plot_report', 'save_images', 'read_grid', 'light', 'explore', 'in_test',
+           'plot_panels', 'light', 'plot_errors', 'plot_report', 'save_images', 'read_grid', 'explore', 'in_test',
            'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
@@ -246,6 +246,21 @@ def plot_panels(
     plt.close(fig)
     return fig
 
+# %% ../nbs/00_core.ipynb #a11ce002
+def light(
+    fig,             # a matplotlib figure
+    colours:int=32,  # in the picture, at most 256
+    dpi:int=150,     # pixels per inch; shown as if they were 100
+):                   # an IPython image
+    "The figure as a PNG of few colours, which keeps a notebook small."
+    from IPython.display import Image as Shown
+    from PIL import Image
+    sharp, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(sharp, dpi=dpi, format='png')
+    picture = Image.open(sharp).convert('RGB')
+    picture.quantize(check_int(colours, 'colours', 2, 256), dither=Image.Dither.NONE).save(small, 'png', optimize=True)
+    return Shown(small.getvalue(), width=picture.width*100//dpi)
+
 # %% ../nbs/00_core.ipynb #c0plot02
 def plot_errors(
     sets:Sequence[tuple[Tensor,str,str]], # (error of each image in pixels, NaN where it cannot be read; name in the legend; key of `COLOURS`)
@@ -346,21 +361,6 @@ def read_grid(
     if a.shape[:2] != (want := (-(-n//cols)*(s + 1) - 1, cols*(s + 1) - 1)):
         raise ValueError(f"{path} is {a.shape[0]} pixels high and {a.shape[1]} wide, its text wants {want[0]} and {want[1]}")
     return np.stack([a[i//cols*(s + 1):, i % cols*(s + 1):][:s, :s] for i in range(n)])
-
-# %% ../nbs/00_core.ipynb #a11ce002
-def light(
-    fig,             # a matplotlib figure
-    colours:int=32,  # in the picture, at most 256
-    dpi:int=150,     # pixels per inch; shown as if they were 100
-):                   # an IPython image
-    "The figure as a PNG of few colours, which keeps a notebook small."
-    from IPython.display import Image as Shown
-    from PIL import Image
-    sharp, small = io.BytesIO(), io.BytesIO()
-    fig.savefig(sharp, dpi=dpi, format='png')
-    picture = Image.open(sharp).convert('RGB')
-    picture.quantize(check_int(colours, 'colours', 2, 256), dither=Image.Dither.NONE).save(small, 'png', optimize=True)
-    return Shown(small.getvalue(), width=picture.width*100//dpi)
 
 # %% ../nbs/00_core.ipynb #b2fd317c
 def explore(

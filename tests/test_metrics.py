@@ -545,6 +545,7 @@ FAULTS = {
     "dark": lambda x: .6*x - .4, "blurred": lambda x: torch.nn.functional.avg_pool2d(x, 5, 1, 2), "two images": lambda x: x[:2]}
 
 
+@pytest.mark.filterwarnings("ignore:images must be in")   # the pale ones
 @pytest.mark.parametrize("palette", ["random", "fixed"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_images_are_no_case_of_the_other_palette(palette, fault):
