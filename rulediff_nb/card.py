@@ -36,7 +36,7 @@ from .table import RESULTS, STUDIES, Study, about, find_study, read_table, resul
 from .tasks import get_task
 from .unet import PRESETS, Recipe, recipe
 
-# %% ../nbs/23_card.ipynb #3039552f
+# %% ../nbs/23_card.ipynb #c9aea360
 VARIABLES = 'research type', 'affiliation', 'pseudocode', 'open code', 'open data', 'splits', 'hardware', 'software versions', 'setup'
 ROOT = Path(rulediff_nb.__file__).parents[1]
 
@@ -99,8 +99,7 @@ class Card:
 
     def _repr_html_(self):
         df = pd.DataFrame([*self.entries, *((k, '', v, '') for k, v in self.more.items())], columns=['variable', 'result', 'evidence', 'source'])
-        with pd.option_context('display.max_colwidth', None): text = df.to_html(index=False, border=0)
-        return f'<p><b>{html.escape(self.name)}</b>: {_counts(self)}</p>\n' + _linked(text)
+        return f'<p><b>{html.escape(self.name)}</b>: {_counts(self)}</p>\n' + _linked(df.to_html(index=False, border=0))
 
 def _counts(
     card:Card, # any

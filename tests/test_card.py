@@ -273,6 +273,14 @@ def test_lines_without_stamps_or_seconds_are_seen():
     assert "inputs" in of(df)["open data"] and "missing: seconds" in of(df)["hardware"]
 
 
+def test_columns_of_the_setup_that_are_missing_are_named():
+    def of(df): return entries(df, dict(command="x"), find_study("curves"))["setup"]
+    whole = results("curves").assign(eta=1.)
+    assert of(whole).result == "yes" and of(whole.drop(columns=["eta", "nfe"])).evidence.endswith("missing: nfe")
+    for gone in ("eta", "label", "seed"): assert of(whole.drop(columns=gone)).evidence.endswith(f"missing: {gone}")
+    assert of(whole.drop(columns=["images"])).result == "partial"
+
+
 def test_an_empty_table_is_theory():
     got = entries(results("curves")[:0], {}, find_study("curves"))["research type"]
     assert got.result == "no" and got.evidence.startswith("theoretical")
