@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .core import from_bytes, range_known
+from .core import from_bytes, range_known, read_grid
 from .features import REASONS
 from .metrics import RuleReport, measure, measured
 from .tasks import TASKS, Task, get_task
@@ -133,13 +133,15 @@ def _image_files(
     return [p for p in found if p.suffix.lower() in ENDINGS and not p.name.startswith('.') and not p.is_dir()]
 
 def read_images(
-    path:str|Path, # a folder of images, or an .npz file with one uint8 array
+    path:str|Path, # a folder of images, an .npz file with one uint8 array, or a .png grid of `save_images`
     strict:bool=False, # stop at the first file that cannot be used
 )->Images:         # images of the size that most files have, and what became of the others
     "Read all that can be used and name the rest; ValueError if nothing can."
     path = Path(path)
     if path.is_file() and path.suffix.lower() == '.npz': return _from_npz(path)
-    if not (files := _image_files(path)): raise ValueError(f"{path} is neither a folder with images nor an .npz file")
+    if path.is_file() and path.suffix.lower() == '.png':
+        return _images([(f'{path.name}[{i}]', a, ()) for i, a in enumerate(read_grid(path))], [])
+    if not (files := _image_files(path)): raise ValueError(f"{path} is neither a folder with images nor an .npz file nor a grid of save_images")
     read, problems = [], {}
     for p in files:
         try: read.append((p.name, *_from_file(p)))

@@ -473,3 +473,10 @@ def test_an_unknown_ending_is_refused_before_any_work(args, words, pngs, capsys,
 
 def test_a_list_that_cannot_be_written(pngs, capsys):
     assert "cannot write" in fails(capsys, *REPORT, pngs, "--per-image", pngs/"0.png"/"i.csv")
+
+
+def test_a_grid_is_read_back(tmp_path):
+    from rulediff_nb.core import save_images, to_bytes
+    x = get_task("two_squares").sample(5, 0)[0]
+    got = read_images(save_images(x, tmp_path/"grid.png", cols=3))
+    assert (to_bytes(got.x) == to_bytes(x)).all() and got.names[4] == "grid.png[4]" and not got.problems
