@@ -1,12 +1,12 @@
-"Filters keep exactly what their scorer lets through, and count what it cost."
+"Filters keep exactly what passes their scorer, and count what it cost."
 import math
 
 import pytest
 import torch
 
 from rulediff_nb.classifier import classifier, pixel_classifier
-from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, counting, keep
-from rulediff_nb.guide import ShuffledGuidance, CleanGuidance, Guidance, ClassifierGuidance, classifier_free, guided
+from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep
+from rulediff_nb.guide import ClassifierGuidance, CleanGuidance, Guidance, ShuffledGuidance, classifier_free, counting, guided
 from rulediff_nb.sample import sample
 from rulediff_nb.tasks import TASKS
 from rulediff_nb.unet import unet
@@ -28,7 +28,7 @@ def test_keep_is_a_filter_over_the_samplers_own_rows():
     assert torch.allclose(keep(m, brightness, least, 3, 3, 0., 5).x, k.x[:3], atol=1e-4)   # fewer are the first of many
 
 
-def test_keep_takes_all_from_a_judge_that_lets_all_through():
+def test_keep_takes_all_if_all_pass():
     m = net()
     k = keep(m, lambda x: torch.zeros(len(x)), -1., 5, 3, 1., 2)
     assert torch.equal(k.x, sample(m, 5, 3, 1., 2)) and k.drawn == 5 and k.nfe == 3
@@ -42,7 +42,7 @@ def test_new_images_are_drawn_each_time():
 
 
 @pytest.mark.parametrize("score", [0., math.nan, -math.inf])
-def test_a_judge_that_lets_nothing_through_ends_with_a_count(score):
+def test_a_scorer_that_passes_nothing_ends_with_a_count(score):
     with pytest.raises(RuntimeError, match="0 of 8 images"): keep(net(), lambda x: torch.full((len(x),), score), .5, 4, 2, limit=2)
 
 
@@ -56,22 +56,22 @@ def test_best_of_takes_the_best_of_each_group():
 
 def test_every_denoiser_inside_is_counted():
     m = unet("laptop", TASK, channels=(16, 16), attention=(False, False), head_dim=8, classes=3).eval()
-    assert best_of(classifier_free(m), brightness, 2, 3, 3).nfe == 2*3*2       # two answers at each step
+    assert best_of(classifier_free(m), brightness, 2, 3, 3).nfe == 2*3*2       # two predictions at each step
     clf = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
     assert best_of(guided(net(), clf), brightness, 2, 3, 3).nfe == 2*3         # the classifier is no denoiser
-    assert best_of(guided(net(), CleanGuidance(clf)), brightness, 2, 3, 3).nfe in (2*6, 2*5)   # asked again for x0_hat, but in pure noise
+    assert best_of(guided(net(), CleanGuidance(clf)), brightness, 2, 3, 3).nfe in (2*6, 2*5)   # evaluated again for x0_hat, but in pure noise
 
 
 def test_what_counts_is_chosen_and_counts_no_longer_than_the_context():
     m, clf = net(), classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8).eval()
     g = guided(m, ShuffledGuidance(ClassifierGuidance(clf)))
-    with counting(g) as nfe, counting(g, type(g.pull)) as gradients, counting(g, Guidance) as pulls: sample(g, 4, 5)
-    assert nfe[0] == 20 and gradients[0] in (16, 20) and pulls[0] == 2*gradients[0]   # none in pure noise; one pull inside the other
+    with counting(g) as nfe, counting(g, type(g.guidance)) as gradients, counting(g, Guidance) as both: sample(g, 4, 5)
+    assert nfe[0] == 20 and gradients[0] in (16, 20) and both[0] == 2*gradients[0]   # none in pure noise; one guidance inside the other
     sample(g, 4, 5)
     assert nfe[0] == 20 and not any(v._forward_hooks for v in g.modules())
 
 
-def test_a_guidance_classifier_judges_no_images():
+def test_a_guidance_classifier_is_no_scorer():
     c = classifier("laptop", TASK, channels=(8, 8), attention=(False, False), width=8)
     for f in (by_classifier, by_verdict, lambda c: keep(net(), c, 0.), lambda c: best_of(net(), c)):
         with pytest.raises(TypeError, match="noise level"): f(c)
@@ -84,7 +84,7 @@ def test_a_model_must_be_one():
 @pytest.mark.parametrize("scorer,said", [(pixel_classifier("small_conv"), "by_classifier"), (lambda x: 3., "float"),
                                         (by_verdict(pixel_classifier("mlp"), 7), r"\[0,3\)"),
                                         (by_classifier(pixel_classifier("mlp"), -1), r"\[0,3\)")])
-def test_a_judge_must_give_a_score_per_image(scorer, said):
+def test_a_scorer_must_give_a_score_per_image(scorer, said):
     for f in (lambda: keep(net(), scorer, 0., 2, 2), lambda: best_of(net(), scorer, 2, 2, 2)):
         with pytest.raises(ValueError, match=said): f()
 
@@ -112,7 +112,7 @@ def test_a_score_that_is_no_number_is_not_the_best():
 @pytest.mark.parametrize("scorer,error,said", [
     (by_ruler("two_circles"), ValueError, "two_circles"), (by_ruler(TASK.with_(palette="random")), ValueError, "random"),
     (3, TypeError, "int")])
-def test_a_judge_of_another_world_is_refused(scorer, error, said):
+def test_a_scorer_of_another_task_is_refused(scorer, error, said):
     with pytest.raises(error, match=said): keep(net(), scorer, -1.)
     with pytest.raises(error, match=said): best_of(net(), scorer)
 

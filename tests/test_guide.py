@@ -3,6 +3,7 @@ import copy
 import math
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -73,7 +74,7 @@ def test_scale_0_is_the_model_itself():
 def test_guidance_leaves_the_model_alone():
     m, c = net(), clf()
     before, state = copy.deepcopy(m.state_dict()), torch.get_rng_state()
-    for pull in (c, CleanGuidance(c), Oracle(TASK)): sample(guided(m, pull, 2.), 2, 3)
+    for guidance in (c, CleanGuidance(c), Oracle(TASK)): sample(guided(m, guidance, 2.), 2, 3)
     assert all(torch.equal(v, m.state_dict()[k]) for k, v in before.items()) and torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None and p.requires_grad for p in (*m.parameters(), *c.parameters())) and not m.training and not c.training
     m.train()
@@ -88,7 +89,7 @@ def test_no_nan_at_any_finite_scale(scale, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_no_pixel_is_pulled_out_of_its_range(prediction):
+def test_no_pixel_is_moved_out_of_its_range(prediction):
     m, t = net(prediction), torch.tensor([400])
     xt = row_noise(2, [0], (3, 32, 32))
     with torch.no_grad(): a, b = (solve(xt, k.predict(xt, t), t, m.abar, prediction).x0 for k in (m, guided(m, Fixed(xt), 1e9)))
@@ -103,6 +104,31 @@ def test_a_scale_that_is_not_finite_is_refused(scale):
     with pytest.raises(ValueError, match="finite"): sample(guided(net(), clf(), lambda t: torch.full(t.shape, scale)), 1, 2)
 
 
+@pytest.mark.parametrize("scale,said", [
+    ("high", "str 'high'"), (None, "NoneType None"), (2j, "complex 2j"), (True, "bool True"), ([1.], r"list \[1.0\]"),
+    (torch.ones(2), r"a tensor of shape \(2,\) and torch.float32"), (torch.tensor(2j), "complex64"), (torch.tensor(True), "torch.bool")])
+def test_what_is_no_scale_is_refused_with_what_was_wanted(scale, said):
+    f = "scale must be a number, or a function from .n,. timesteps to .n,. numbers, got "
+    for make in (lambda: guided(net(), clf(), scale), lambda: Guided(net(), ClassifierGuidance(clf()), scale), lambda: last_scale(scale),
+                 lambda: classifier_free(net(classes=3, label_drop=.1), 1, scale), lambda: interval_scale(scale, .1, 1., net().recipe),
+                 lambda: rising_scale(scale)):
+        with pytest.raises(TypeError, match=f + ".*" + said): make()
+
+
+@pytest.mark.parametrize("scale", [2, np.float64(2.), np.int64(2), torch.tensor(2.), torch.tensor(2)])
+def test_every_kind_of_number_is_a_scale(scale):
+    m, c, x, t = net(), clf(), row_noise(0, range(2), (3, 32, 32)), torch.tensor([10, 500])
+    assert isinstance(guided(m, c, scale).scale, float) and guided(m, c, 0*scale) is m
+    with torch.no_grad(): assert torch.equal(guided(m, c, scale).predict(x, t), guided(m, c, 2.).predict(x, t))
+
+
+@pytest.mark.parametrize("value,said", [("high", "str 'high'"), (None, "NoneType None"), (2j, "complex 2j"), (torch.ones(3), r"shape \(3,\)"),
+                                        (torch.ones(2, 1), r"shape \(2, 1\)"), (torch.ones(2)*1j, "complex64")])
+def test_a_scale_function_that_gives_something_else_is_refused(value, said):
+    with pytest.raises(ValueError, match=r"a scale function must give \(2,\) numbers for 2 timesteps, got .*" + said):
+        guided(net(), clf(), lambda t: value).scales(torch.tensor([10, 500]))
+
+
 @pytest.mark.parametrize("change,said", [
     (dict(betas="linear"), "schedule: linear"), (dict(T=500), "schedule: cosine, T=500"),
     (dict(task=TASKS["two_circles"].spec()), "two_circles"),
@@ -111,8 +137,8 @@ def test_a_classifier_of_something_else_is_refused_by_name(change, said):
     task = change.pop("task", TASK.spec())
     from rulediff_nb.tasks import get_task
     other = classifier("laptop", get_task(**task), 0, channels=(8, 8), attention=(False, False), width=8, **change)
-    for pull in (other, CleanGuidance(other), ShuffledGuidance(ClassifierGuidance(other))):
-        with pytest.raises(ValueError, match=said): guided(net(), pull, 1.)
+    for guidance in (other, CleanGuidance(other), ShuffledGuidance(ClassifierGuidance(other))):
+        with pytest.raises(ValueError, match=said): guided(net(), guidance, 1.)
 
 
 @pytest.mark.parametrize("call,error,said", [
@@ -135,7 +161,7 @@ def test_what_cannot_be_is_refused(call, error, said):
 
 
 @pytest.mark.parametrize("task", [TASKS["two_circles"], TASK.with_(palette="random"), TASK.with_(size=16)])
-def test_an_oracle_of_another_world_is_refused(task):
+def test_an_oracle_of_another_task_is_refused(task):
     with pytest.raises(ValueError, match="Oracle was made for another"): guided(net(), Oracle(task), 1.)
 
 
@@ -149,30 +175,30 @@ def test_half_precision_and_labels():
 
 
 @pytest.mark.parametrize("kind", ["ClassifierGuidance", "RegressorGuidance", "CleanGuidance"])
-def test_what_pulls_is_climbed(kind):
-    "A small step along the pull raises the log probability by about the step times the pull's squared length."
+def test_guidance_is_the_gradient_of_its_log_probability(kind):
+    "A small step along it raises the log probability by about the step's length times the gradient's."
     m, c, x, t = net(), clf(), row_noise(3, range(4), (3, 32, 32)), torch.tensor([5, 100, 400, 900])
     r = clf(classes=0, conditions=1)
     sure = r(x, t)[:, 1].exp().detach()   # held fixed
     def x0(v): return solve(v, m.predict(v, t), t, m.abar, "v_prediction").x0.clamp(-1, 1)
-    pull, log_p = dict(
+    guidance, log_p = dict(
         ClassifierGuidance=(ClassifierGuidance(c, 2), lambda v: c(v, t).log_softmax(1)[:, 2]),
         RegressorGuidance=(RegressorGuidance(r), lambda v: -.5*r(v, t)[:, 0]**2/sure),
         CleanGuidance=(CleanGuidance(c, 2), lambda v: c(x0(v), torch.zeros_like(t)).log_softmax(1)[:, 2]))[kind]
-    g = pull(m, x, t)
+    g = guidance(m, x, t)
     step = 1e-2/g.flatten(1).norm(dim=1)
     with torch.no_grad(): gain = log_p(x + step.view(-1, 1, 1, 1)*g) - log_p(x)
     assert torch.allclose(gain, 1e-2*g.flatten(1).norm(dim=1), rtol=.2, atol=1e-6) and (gain > 0).all()
 
 
 class Darker(Guidance):
-    "A reader's own pull, which does not care whether gradients are on."
+    "A reader's own guidance, which does not care whether gradients are on."
     def forward(self, model, xt, t):
         x = xt.detach().requires_grad_()
         return torch.autograd.grad(-x.square().sum(), x, create_graph=True)[0]
 
 
-def test_an_own_pull_may_differentiate():
+def test_own_guidance_may_differentiate():
     x = sample(guided(net(), Darker(), .5), 2, 3)
     assert (x - sample(net(), 2, 3)).abs().max() > .01 and not x.requires_grad
 
@@ -185,11 +211,11 @@ def test_a_gradient_of_another_shape_is_refused(g):
 
 
 @pytest.mark.parametrize("make", [ShuffledGuidance, lambda c: Guided(net(), c, 1.)])
-def test_what_pulls_is_a_pull(make):
+def test_only_guidance_guides(make):
     with pytest.raises(TypeError, match="ClassifierGuidance"): make(clf())
 
 
-def test_a_gradient_that_is_not_finite_pulls_nothing():
+def test_a_gradient_that_is_not_finite_guides_nothing():
     m, t, x = net(), torch.tensor([300, 300]), row_noise(0, range(2), (3, 32, 32))
     g = torch.ones(2, 3, 32, 32)
     g[0, 0, 0, 0] = math.nan
@@ -197,7 +223,7 @@ def test_a_gradient_that_is_not_finite_pulls_nothing():
     assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
 
 
-def test_classifier_free_has_courses_and_no_nan():
+def test_classifier_free_takes_a_scale_per_timestep_and_gives_no_nan():
     m, t, x = net(classes=3, label_drop=.1), torch.tensor([200, 800]), row_noise(0, range(2), (3, 32, 32))
     with torch.no_grad():
         part = classifier_free(m, 2, lambda t: torch.where(t < 500, 3., 1.)).predict(x, t)
@@ -208,7 +234,7 @@ def test_classifier_free_has_courses_and_no_nan():
 def test_oracle_reduces_the_rule_error():
     m, t = net(), torch.full((8,), 100)
     class Known(torch.nn.Module):
-        "Answers with given images."
+        "Predicts given images."
         recipe, abar = m.recipe, m.abar
         def predict(self, xt, t):
             s, n = m.abar[t].sqrt().view(-1, 1, 1, 1), (1 - m.abar[t]).sqrt().view(-1, 1, 1, 1)
@@ -238,7 +264,7 @@ def test_guided_models_compose():
 
 @pytest.mark.parametrize("w,at", [(rising_scale(2.), (2 + 3*.999, 2 + 3*.001)), (rising_scale(2., 3., 2), (2 + 3*.999**2, 2 + 3*.001**2)),
                                   (last_scale(5.), (5*19/20, 0.))])
-def test_courses(w, at):
+def test_scales_by_timestep(w, at):
     assert torch.allclose(w(torch.tensor([1, 999])), torch.tensor(at, dtype=torch.float64))
 
 
@@ -268,7 +294,7 @@ def test_classifier_free():
     assert (none - given).abs().max() > 1e-4 and sample(classifier_free(m), 2, 3).shape == (2, 3, 32, 32)
 
 
-def test_aside_is_the_same_pull_in_other_places():
+def test_shuffled_guidance_is_the_same_in_other_places():
     c, x, t = clf(), row_noise(0, range(2), (3, 32, 32)), torch.tensor([100, 700])
     g, e = ClassifierGuidance(c)(None, x, t), ShuffledGuidance(ClassifierGuidance(c))(None, x, t)
     assert torch.equal(g.flatten(1).sort().values, e.flatten(1).sort().values)
@@ -295,8 +321,8 @@ def test_every_scheduler_takes_a_guided_model(name):
     def draw(model):
         s = getattr(diffusers, f"{name}Scheduler").from_config(m.recipe.schedule().config, timestep_spacing="trailing")
         return sample(model, 2, 20, scheduler=s)
-    plain, silent, pulled = draw(m), draw(guided(m, Fixed(torch.zeros(1)), 1.)), draw(guided(m, Fixed(torch.ones(1)), 1.))
-    assert torch.equal(plain, silent) and pulled.isfinite().all() and pulled.mean() > plain.mean() + .03
+    plain, silent, brighter = draw(m), draw(guided(m, Fixed(torch.zeros(1)), 1.)), draw(guided(m, Fixed(torch.ones(1)), 1.))
+    assert torch.equal(plain, silent) and brighter.isfinite().all() and brighter.mean() > plain.mean() + .03
 
 
 def test_a_scheduler_that_cannot_be_served_is_refused_by_name():

@@ -41,8 +41,8 @@ def bench_guided():
     model, clf = networks()
     def run(m): return lambda: sample(m, N, STEPS, 1., 0)
     plain = run(model)
-    for what, pull in ("the laptop classifier", clf), ("the same at x0_hat", CleanGuidance(clf)), ("the oracle", Oracle(model.recipe.task)):
-        yield f"{N} images in {STEPS} steps: not guided -> guided by {what}", plain, run(guided(model, pull, SCALE))
+    for what, guidance in ("the laptop classifier", clf), ("the same at x0_hat", CleanGuidance(clf)), ("the oracle", Oracle(model.recipe.task)):
+        yield f"{N} images in {STEPS} steps: not guided -> guided by {what}", plain, run(guided(model, guidance, SCALE))
 
 
 def bench_classifier_sample():
