@@ -1,7 +1,8 @@
-"What rows of their own cost: one generator per row against one call of torch.randn. Below 1 means slower."
+"What rows of their own cost, one generator per row against one call of torch.randn; and what bfloat16 gains. Below 1 means slower."
 import torch
 
 from rulediff_nb.core import row_noise
+from rulediff_nb.sample import sample
 from rulediff_nb.tasks import get_task
 from rulediff_nb.train import draw_batch
 from rulediff_nb.unet import unet
@@ -40,3 +41,12 @@ def bench_training_batch():
     def plain(): return torch.randint(2000, (32,)), torch.randint(1000, (32,)), torch.randn(32, *SHAPE[1:])
     what = f"a training batch of 32, {TIMES} times: torch's global generator -> a function of (seed, step)"
     return what, often(plain), often(lambda: draw_batch(0, 1, 2000, 32, shares, SHAPE[1:]))
+
+
+def bench_precision():
+    "The laptop network, float32 against bfloat16, for a batch of samples and for as few as a widget draws."
+    torch.set_num_threads(2)
+    model = unet("laptop", get_task("two_circles")).eval()
+    def draw(n, steps, precision): return lambda: sample(model, n, steps, precision=precision, progress=False)
+    for n, steps in ((64, 5), (8, 10)):
+        yield f"{n} images in {steps} steps, 2 threads: fp32 -> bf16", draw(n, steps, "fp32"), draw(n, steps, "bf16")
