@@ -68,7 +68,7 @@ class Denoised(NamedTuple):
     step:int    # steps done so far
     t:int       # timestep that was left
     x:Tensor    # (n,3,s,s) the state
-    x0_hat:Tensor|None # (n,3,s,s) the clean image that the scheduler implies, where it tells
+    x0_hat:Tensor|None # (n,3,s,s) the clean image that the scheduler implies, where it gives one
 
 def ddim(
     recipe:Recipe, # of the model
@@ -101,7 +101,7 @@ def _walk(
     seed:int, rows:Sequence[int], # whose fresh noise
     eta:float,             # 0: none
 )->Iterator[Denoised]:     # one per call of the model
-    "The loop itself: answer, step, answer, step."
+    "The loop itself: predict, step, predict, step."
     x = x*getattr(sch, 'init_noise_sigma', 1.)
     for k, t in enumerate(sch.timesteps):
         out = sch.step(predict(sch.scale_model_input(x, t), t), t, x, **_noise_args(sch, seed, rows, eta, x, k))
@@ -119,7 +119,7 @@ def misfit(
     x0, z = torch.linspace(-.9, .9, 768).view(1, 3, 16, 16), row_noise(0, [0], (3, 16, 16), 20)
     one, two, off = ExactDenoiser(x0, recipe), ExactDenoiser(torch.cat([x0, -x0]), recipe), []
     rms, spread = x0.square().mean().sqrt(), x0.numel()**-.5   # of the picture; of unit noise along it
-    def noise(xt, s, n): return (xt - s*x0).square().mean().sqrt() - n                         # as much as the model is told?
+    def noise(xt, s, n): return (xt - s*x0).square().mean().sqrt() - n                         # as much as the timestep says?
     def beyond(xt, s, n): return ((xt*x0).mean().abs()/rms - s*rms - 4*n*spread).clamp(min=0)   # between the two, but for noise?
     def walk(denoiser, check):
         def predict(xt, t):
@@ -185,7 +185,7 @@ def _check_scheduler(
     recipe:Recipe,            # of the model
     steps:int, eta:float,     # as it will be used
 )->SchedulerMixin:            # a copy of it
-    "ValueError unless timesteps and prediction type are the model's, and a known picture is brought home."
+    "ValueError unless timesteps and prediction type are the model's, and a known picture is reached."
     c, own, name = scheduler.config, recipe.schedule(), type(scheduler).__name__
     for k in ('prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'rescale_betas_zero_snr'):
         want = own.config[k]

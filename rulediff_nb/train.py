@@ -121,7 +121,7 @@ def label_among(
     label:Tensor, # (b,) int64, -1: none; or (b,k) float, a NaN: none
     y:Tensor,     # (n,) or (n,k): the labels of the training set
 )->Tensor:        # (b,n) bool
-    "Which training images come into question for a network that is told `label`: those that carry it, all if it is told none."
+    "Which training images may lie behind an image with a label: those that have it; all where no label is given."
     if label.ndim == 1: return (label[:, None] == y) | (label < 0)[:, None]
     return (label[:, None] == y).all(2) | label.isnan().any(1)[:, None]
 
@@ -252,7 +252,7 @@ def _remember(
     model:torch.nn.Module, # that is trained
     x0:Tensor,             # its training set: a reference, no copy
 ):
-    "Let a denoiser know what it was trained on, so that its report can tell copies."
+    "Keep the training set with a denoiser, so that its report can measure `memorized`."
     if isinstance(model, RuleUNet): model.trained_on = x0
 
 def fit(
