@@ -73,7 +73,7 @@ def same_samples(
     device:torch.device, # where
 )->dict[str,float]:                # largest difference of a pixel
     "Ten steps in float32 on both devices, from the same noise."
-    a, b = (sample(m, min(row.n, 16), 10, 0., 1).cpu() for m in _pair('two_circles', device))
+    a, b = (sample(m, min(row.n, 16), 10, 0., 1, precision='fp32').cpu() for m in _pair('two_circles', device))
     return dict(value=(a - b).abs().max().item(), allowed=2e-2, more=(a - b).abs().mean().item())
 
 def same_training(
@@ -94,8 +94,7 @@ def low_precision(
     "Samples under bfloat16 autocast against float32's, the same rows of noise: rule_error's difference over chance."
     model = load_pretrained('sun_shadow_free', device=device)
     t = model.recipe.task
-    full = sample(model, row.n, 25, 1., 9)
-    with torch.autocast(device.type, torch.bfloat16): low = sample(model, row.n, 25, 1., 9)
+    full, low = (sample(model, row.n, 25, 1., 9, precision=p) for p in ('fp32', 'bf16'))
     with range_known(): a, b = measure(t, full.cpu()), measure(t, low.float().cpu())
     def error(m): return dict(e=torch.where(m.readable, (m.b - m.a).abs()/(m.a + m.b), .45).mean(-1))
     draws = bootstrap(b, error, 500)['e'] - bootstrap(a, error, 500)['e']

@@ -161,7 +161,7 @@ def bf16_gains(
     device:torch.device, # that samples
 )->bool:                 # False too where it was not measured
     "Whether bfloat16 was measured to be faster on such a device: on CPUs that have instructions for it."
-    return False and device.type == 'cpu' and bool(getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16'))
+    return device.type == 'cpu' and bool(getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_bf16'))
 
 def check_precision(
     model:nn.Module,    # has `recipe`

@@ -555,7 +555,7 @@ def measure_denoiser(
     nfe:int=50,      # network evaluations per image
 )->dict:             # numbers
     "Denoising error, and the report of samples with its intervals."
-    x = sample(model, images, nfe, 1., 777)
+    x = sample(model, images, nfe, 1., 777, precision='fp32')
     with range_known(): report = rule_report(model.recipe.task, x.cpu(), train=train)
     return denoising_error(model) | dict(images=report.n, nfe=nfe) | report_columns(report, SCORES)
 
@@ -691,7 +691,7 @@ def _measure_brief(
 )->dict:                  # the images, by the task's name, and how many can be read
     "Images to hold the ruler against."
     (model,) = work.nets
-    x = sample(model, row.images, row.nfe, 1., 5).cpu()
+    x = sample(model, row.images, row.nfe, 1., 5, precision='fp32').cpu()
     m = measure(model.recipe.task, x)
     return {row.task: to_bytes(x), 'readable': m.readable.double().mean(), 'coarse': m.coarse.double().mean()}
 
