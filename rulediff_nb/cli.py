@@ -6,14 +6,14 @@ Docs: https://rulediff.github.io/rulediff_nb/cli.html.md"""
 
 # %% auto #0
 __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'RULES', 'REPORT', 'KEPT', 'LIBRARIES', 'PLACES', 'known',
-           'find_task', 'pick_device', 'text_table', 'Demo', 'Drawn', 'demo_steps', 'demo_lines', 'check_folder',
-           'check_sampling', 'side_by_side', 'line_text', 'readable_sides', 'save_demo', 'demo_plan', 'demo', 'draw',
-           'sample_images', 'weights_table', 'list_all', 'train', 'parse_change', 'changes', 'stage', 'begin',
-           'release', 'study_states', 'outlook', 'headline', 'run_rows', 'study', 'lines_where', 'table', 'grid',
-           'report', 'states_of_files', 'doctor', 'commands', 'card', 'command_parser', 'run_command', 'steady_streams',
-           'main']
+           'find_task', 'pick_device', 'text_table', 'Demo', 'Drawn', 'demo_nets', 'demo_lines', 'check_folder',
+           'check_sampling', 'side_by_side', 'Part', 'demo_parts', 'demo_rows', 'line_text', 'readable_sides',
+           'save_demo', 'demo_plan', 'demo', 'draw', 'sample_images', 'weights_table', 'list_all', 'train',
+           'parse_change', 'changes', 'stage', 'begin', 'release', 'study_states', 'outlook', 'headline', 'run_rows',
+           'study', 'lines_where', 'table', 'grid', 'report', 'states_of_files', 'doctor', 'commands', 'card',
+           'command_parser', 'run_command', 'steady_streams', 'main']
 
-# %% ../nbs/90_cli.ipynb #a1e1170b
+# %% ../nbs/90_cli.ipynb #bc776a05
 import argparse, difflib, io, math, os, platform, sys, threading, time, zipfile, zlib
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from inspect import Parameter
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +40,9 @@ from .core import Panel, check_int, default_device, plot_panels, progress, range
 from .guide import guided
 from .images import SCHEMA, SHOWN, counted, image_table, markdown_report, read_images, refused, report_lines, report_table, suggestion
 from .metrics import Measured, RuleReport, measured, real_images, rule_report
-from .sample import PRECISIONS, WEIGHTS, bf16_gains, load_pretrained, sample_batches
+from .sample import PRECISIONS, WEIGHTS, Shipped, bf16_gains, load_pretrained, sample, sample_batches
 from .store import StoreError, content_hash, list_releases, load_manifest, load_release, save_release, sha256, write_atomic
-from .study import Done, Shipped, Where, chosen, row_states, run_study
+from .study import Done, Where, chosen, row_states, run_study
 from .study import grid as grid_study
 from .study import ship as ship_table
 from .table import RESULTS, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, table_names
@@ -98,7 +98,7 @@ def text_table(
     text = df.rename(columns={k: k.ljust(wide[k]) for k in words}).to_string(index=False, formatters=left, float_format=form.format, na_rep='-')
     return '\n'.join(line.rstrip() for line in text.splitlines())
 
-# %% ../nbs/90_cli.ipynb #bc827da2
+# %% ../nbs/90_cli.ipynb #be8d5130
 DEMO_SEED = 20_251  # of the demo alone: no recipe is compared on it
 DEMO_SCALE = 4.     # of guidance by the classifiers; in the sweep of 13_guide near the best of both tasks
 
@@ -128,7 +128,7 @@ def _demo_rows(
 def _has_guided(
     row:Demo, # of the demo
 )->bool:      # whether it has a guided line
-    "Whether a classifier is shipped for a row, and asked for."
+    "Whether guidance is asked for and a classifier is shipped."
     return bool(row.scale) and f'{row.task}-{row.palette}-classifier' in list_releases(CLASSIFIER_WEIGHTS)
 
 def _demo_needs(
@@ -137,24 +137,13 @@ def _demo_needs(
     "A model, and its classifier where there is one."
     return Shipped(row.task, row.palette), *([ShippedClassifier(row.task, row.palette)] if _has_guided(row) else [])
 
-def demo_steps(
-    row:Demo,                     # what to draw
-    nets:Sequence[torch.nn.Module], # a model with its manifest, and perhaps a classifier
-    precision:str='fp32',         # "fp32" or "bf16"
-)->Iterator[Drawn|None]:          # None after each network evaluation, a `Drawn` for each network
-    "Sample a model, and the model guided, and measure both beside the training set."
+def demo_nets(
+    row:Demo,                       # what to draw
+    nets:Sequence[torch.nn.Module], # a model, and perhaps a classifier
+)->dict[str,torch.nn.Module]:       # by the name of its line: "model", "guided"
+    "What draws a row's images."
     model, *clf = nets
-    task, said = model.recipe.task, model.manifest
-    train = task.sample(said['images_in_set'], said['set_seed'])[0]
-    guides = dict(guided=guided(model, clf[0], row.scale)) if clf else {}
-    for what, net in dict(model=model, **guides).items():
-        parts = []
-        for x in sample_batches(net, row.n, row.steps, row.eta, row.seed, precision=precision):
-            yield None
-            if x is not None: parts.append(x.cpu())
-        x = torch.cat(parts)
-        with range_known(): report = rule_report(task, x, train=train, draws=1)   # no interval is shown
-        yield Drawn(what, x, report)
+    return dict(model=model) | (dict(guided=guided(model, clf[0], row.scale)) if clf else {})
 
 def demo_lines(
     drawn:Sequence[Drawn], # of a row
@@ -167,12 +156,15 @@ def _measure_demo(
     row:Demo, work:Work, # a row, its networks
 )->list[dict]:           # its lines
     "Measure a row of the demo."
-    return demo_lines([d for d in demo_steps(row, work.nets) if d])
+    def drawn(what, net):
+        x = sample(net, row.n, row.steps, row.eta, row.seed, precision='fp32').cpu()
+        return Drawn(what, x, rule_report(work.nets[0], x, draws=1))   # no interval is shown
+    return demo_lines([drawn(*v) for v in demo_nets(row, work.nets).items()])
 
 register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs,
                      keys=('task', 'palette', 'images'), shown=('rule_gap', 'readable', 'coarse', 'error_px', 'marginals', 'memorized')))
 
-# %% ../nbs/90_cli.ipynb #a8b541fc
+# %% ../nbs/90_cli.ipynb #72481fd2
 def check_folder(
     folder:str|Path, # where results shall go
 )->Path:             # the same, made if missing
@@ -208,6 +200,46 @@ def side_by_side(
             stop.set()
             for job in jobs: job.cancel()
     torch.set_num_threads(threads)
+
+class Part(NamedTuple):
+    "Images of a row that are drawn at once."
+    row:Demo  # of the demo
+    what:str  # "model" or "guided"
+    first:int # number of the first image
+    size:int  # how many
+
+def demo_parts(
+    rows:Sequence[Demo], # of the demo
+    workers:int,         # parts at a time
+)->list[Part]:           # in order
+    "Cut each row's images so that all workers have the same to do."
+    def cut(row, what):
+        size = min(64, row.n if workers == 1 else -(-row.n//(2*workers)))
+        return [Part(row, what, i, min(size, row.n - i)) for i in range(0, row.n, size)]
+    return [p for row in rows for what in ('model', 'guided')[:1 + _has_guided(row)] for p in cut(row, what)]
+
+def demo_rows(
+    rows:Sequence[Demo], # of the demo
+    where:torch.device,  # that they are drawn on
+    precision:str,       # "fp32" or "bf16"
+)->Iterator[tuple[Demo,list[Drawn]]]: # rows as they are done
+    "Draw parts side by side, and measure each row as soon as it is whole."
+    mine = threading.local()   # bf16 changes a network while it runs: each thread has its own
+    def nets(row):
+        if getattr(mine, 'row', None) != row:
+            found = [load_pretrained(row.task, row.palette, device=where)]
+            found += [load_classifier(row.task, row.palette, device=where)] if _has_guided(row) else []
+            mine.row, mine.nets = row, demo_nets(row, found)
+        return mine.nets
+    def draw_part(p, stop):
+        steps = sample_batches(nets(p.row)[p.what], p.size, p.row.steps, p.row.eta, p.row.seed, None, p.size, None, p.first, precision)
+        return [x.cpu() for x in takewhile(lambda x: not stop.is_set(), steps) if x is not None]
+    workers = min(2, torch.get_num_threads()) if where.type == 'cpu' else 1
+    parts = demo_parts(rows, workers)
+    for row, group in groupby(zip(parts, side_by_side(draw_part, parts, workers)), key=lambda v: v[0].row):
+        drawn = [(what, torch.cat([x for _, xs in same for x in xs])) for what, same in groupby(group, key=lambda v: v[0].what)]
+        model = load_pretrained(row.task, row.palette)   # it knows its training set
+        yield row, [Drawn(what, x, rule_report(model, x, draws=1)) for what, x in drawn]
 
 def line_text(
     line:dict, # 'task', 'palette', 'images', and `SHOWN`
@@ -269,15 +301,10 @@ def demo(
     rows, where = demo_plan(only, n, steps, eta, seed, scale), pick_device(device)
     folder, precision = check_folder(out), precision or ('bf16' if bf16_gains(where) else 'fp32')
     start, lines, panels = time.perf_counter(), [], []
-    def one(row, stop):
-        nets = [load_pretrained(row.task, row.palette, device=where)]
-        nets += [load_classifier(row.task, row.palette, device=where)] if _has_guided(row) else []
-        return [d for d in takewhile(lambda d: not stop.is_set(), demo_steps(row, nets, precision)) if d]
     said = [f'{n} images per model, {steps} network evaluations per image, eta {eta:g}, seed {seed}, guidance {scale:g}, {precision}', '',
             line_text({k: k for k in ('task', 'palette', 'images', *SHOWN)})]
     print(*said, sep='\n', flush=True)
-    workers = min(2, torch.get_num_threads(), len(rows)) if where.type == 'cpu' else 1
-    for row, drawn in zip(rows, side_by_side(one, rows, workers)):
+    for row, drawn in demo_rows(rows, where, precision):
         about = dict(schema=SCHEMA, task=row.task, palette=row.palette)
         new = [about | dict(images=v['images'], n=n) | v for v in demo_lines(drawn)]
         print(*map(line_text, new), sep='\n', flush=True)

@@ -260,6 +260,28 @@ def test_demo_prints_what_is_done_before_the_next_is(weights, tmp_path, capsys, 
     assert "rule_gap" in seen[0] and "random" in seen[0] and "fixed" not in seen[0] and "fixed" in seen[1] and "random" not in seen[1]
 
 
+@pytest.mark.parametrize("n,workers,sizes", [
+    (160, 1, [64, 64, 32]), (160, 2, [40]*4), (17, 2, [5, 5, 5, 2]), (16, 1, [16]), (1000, 2, [64]*15 + [40])])
+def test_all_images_are_drawn_in_equal_parts(n, workers, sizes):
+    parts = cli.demo_parts([cli.Demo("two_squares", "fixed", n), cli.Demo("two_squares", "random", n)], workers)
+    lines = [("fixed", "model"), ("fixed", "guided"), ("random", "model")]
+    assert [(p.row.palette, p.what) for p in parts] == [v for v in lines for _ in sizes]
+    for v in lines:
+        mine = [(p.first, p.size) for p in parts if (p.row.palette, p.what) == v]
+        assert [k for _, k in mine] == sizes and [i for i, _ in mine] == [sum(sizes[:k]) for k in range(len(sizes))] and sum(sizes) == n
+
+
+def test_parts_are_the_images_that_one_call_draws():
+    row, threads = cli.Demo("two_squares", "fixed", 10, 3, seed=5), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: (_, (model, pulled)), = cli.demo_rows([row], torch.device("cpu"), "fp32")
+    finally: torch.set_num_threads(threads)
+    nets = cli.demo_nets(row, [load_pretrained("two_squares"), load_classifier("two_squares")])
+    for d, what in ((model, "model"), (pulled, "guided")):
+        assert d.what == what and (d.x - sample(nets[what], 10, 3, 1., 5)).abs().max() < 1e-3
+    assert (model.x - pulled.x).abs().max() > .01
+
+
 def test_side_by_side_keeps_the_order_and_stops_all():
     def wait(k, stop): return (k, stop.wait(.4/k))
     assert list(cli.side_by_side(wait, [1, 2, 4], 3)) == [(1, False), (2, False), (4, False)]
