@@ -321,10 +321,11 @@ def draw(
     eta:float,      # 0: no fresh noise, 1: as much as the ancestral sampler
     seed:int,       # row i's noise depends on (seed, i) alone
     batch:int=64,   # images at a time
+    precision:str|None=None, # of the network, see `sample`
 )->Tensor:          # (n,3,s,s) in [-1,1]
     "Sample behind a progress bar."
     total, task = -(-n//batch)*(steps + 1), model.recipe.task
-    work = progress(sample_batches(model, n, steps, eta, seed, batch=batch), total, f'{task.name} {task.palette}')
+    work = progress(sample_batches(model, n, steps, eta, seed, batch=batch, precision=precision), total, f'{task.name} {task.palette}')
     return torch.cat([x for x in work if x is not None])
 
 def sample_images(
@@ -376,7 +377,7 @@ def list_all():
           *(f'  {s.name:12} {s.title}' for s in studies().values()), sep='\n')
 
 # %% ../nbs/90_cli.ipynb #d7f46e82
-REPORT = dict(n=1024, steps=50, eta=1., seed=777)  # how a manifest's report is measured
+REPORT = dict(n=1024, steps=50, eta=1., seed=777, precision='fp32')  # how a manifest's report is measured
 
 def train(
     task:str,              # what to learn
@@ -488,7 +489,7 @@ def release(
     task = model.recipe.task
     x = draw(model.to(default_device()).eval(), **how).cpu()
     with range_known(): report = rule_report(task, x, train=task.sample(meta['images_in_set'], meta['set_seed'])[0])
-    rows = {k: v for k, v in report.to_dict().items() if k not in ('floor', 'chance')}   # each row has both
+    rows = report.to_dict()
     said = {k: meta[k] for k in KEPT if k in meta}
     said |= dict(images_seen=sum(v['images'] for v in (*meta['stages'], stage(meta))), report=dict(how, rows=rows))
     print(report)
@@ -578,7 +579,7 @@ def study(
     for s in found:
         folder = Path(out or f'runs/{s.name}{"-quick"*quick}')
         try: run_rows(s, str(folder), Where(str(folder), str(folder.parent/'trained'), where, threads), only.split(), quick, not again,
-                      workers=workers, name=engine, address=address, budget=budget or math.inf)
+                      workers=workers, engine=engine, address=address, budget=budget or math.inf)
         except ValueError as e:
             if not all: raise
             bad.append(f'{s.name}: {e}')
@@ -655,7 +656,7 @@ def grid(
     check_int(workers, 'workers', 1), known(engine, 'engine', CHOICES['engine'])
     where = Where(out, str(Path(out).parent/'trained'), str(pick_device(device)))
     check_folder(out)
-    run_rows(s, out, where, workers=workers, name=engine, address=address)
+    run_rows(s, out, where, workers=workers, engine=engine, address=address)
 
 # %% ../nbs/90_cli.ipynb #d7f608af
 def _ending(

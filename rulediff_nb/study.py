@@ -7,7 +7,7 @@ Docs: https://rulediff.github.io/rulediff_nb/study.html.md"""
 # %% auto #0
 __all__ = ['TIMESTEPS', 'SCORES', 'CURVES', 'BRIEF', 'RECIPES', 'Denoiser', 'content_mark', 'Known', 'ruler_readings',
            'ruler_mark', 'plain', 'row_inputs', 'row_key', 'Done', 'Where', 'provenance_mark', 'write_table',
-           'write_run', 'engine', 'row_states', 'chosen', 'run_study', 'ship', 'denoising_error', 'report_columns',
+           'write_run', 'use_engine', 'row_states', 'chosen', 'run_study', 'ship', 'denoising_error', 'report_columns',
            'measure_denoiser', 'Cell', 'grid', 'Mark', 'Brief', 'pace', 'Choice']
 
 # %% ../nbs/08a_study.ipynb #b78672d7
@@ -362,7 +362,7 @@ def write_run(
 
 # %% ../nbs/08a_study.ipynb #96c4de19
 @contextmanager
-def engine(
+def use_engine(
     name:str='loky',  # "loky": processes of this machine; "dask": a cluster; "ray": a cluster
     address:str='',   # of the cluster's scheduler; empty: dask and ray start one on this machine
     workers:int=2,    # processes of a cluster that is started here
@@ -438,14 +438,14 @@ def _queue(
     yield from (joblib.delayed(_attempt)(study, r, where, row_inputs(study, r)) for r in waiting if r is not None)
 
 def _work(
-    study:Study, rows:list[NamedTuple], where:Where, workers:int, name:str, address:str, # what is missing, and how it runs
+    study:Study, rows:list[NamedTuple], where:Where, workers:int, engine:str, address:str, # what is missing, and how it runs
 )->Iterator[Done]:                                                                      # rows and trainings as they are finished
     "joblib's part; rows that must be alone run one by one in this process, in their place in the plan."
     for alone, part in itertools.groupby(rows, study.alone):
         jobs = _queue(study, list(part), where, 1 if alone else workers)
         if alone: yield from (f(*args, **more) for f, args, more in jobs)
         else:
-            with engine(name, address, workers):
+            with use_engine(engine, address, workers):
                 yield from joblib.Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1, pre_dispatch='n_jobs')(jobs)
 
 def chosen(
@@ -469,7 +469,7 @@ def run_study(
     quick:bool=False,    # the short form: tests the command, measures nothing worth keeping
     only:Sequence[str]=(), # see `chosen`
     workers:int=2,       # rows at a time
-    name:str='loky',     # where they run: see `engine`
+    engine:str='loky',   # where they run: "loky", "dask" or "ray", see `use_engine`
     address:str='',      # of a cluster's scheduler
     device:str='',       # such as "cuda"; empty: the fastest there is
     threads:int=1,       # of the CPU, per row
@@ -490,7 +490,7 @@ def run_study(
         done = {row_key(study, r): d for r, d in zip(rows, there) if d}
         yield from done.values()
         todo = [r for r, d in zip(rows, there) if not d]
-        for d in _work(study, todo, where, workers, name, address):
+        for d in _work(study, todo, where, workers, engine, address):
             if d.state == 'measured':
                 done[row_key(study, d.row)] = d
                 write_run(study, out, [done[k] for r in rows if (k := row_key(study, r)) in done])

@@ -22,7 +22,6 @@ from rulediff_nb.study import (
     Denoiser,
     Shipped,
     chosen,
-    engine,
     grid,
     pace,
     row_inputs,
@@ -31,6 +30,7 @@ from rulediff_nb.study import (
     ruler_mark,
     run_study,
     ship,
+    use_engine,
 )
 from rulediff_nb.table import STUDIES, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, summary
 from rulediff_nb.unet import unet
@@ -330,31 +330,31 @@ def test_processes_give_the_rows_of_one(tmp_path):
 
 def test_a_dask_cluster_of_two_workers_gives_the_same_rows(tmp_path):
     pytest.importorskip("distributed")
-    list(run_study(plan(), tmp_path/"a/g", workers=1)), list(run_study(plan(), tmp_path/"b/g", workers=2, name="dask"))
+    list(run_study(plan(), tmp_path/"a/g", workers=1)), list(run_study(plan(), tmp_path/"b/g", workers=2, engine="dask"))
     same(tmp_path/"a/g", tmp_path/"b/g")
 
 
 def test_a_running_dask_cluster_is_named_by_its_address(tmp_path):
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as c:
-        done = list(run_study(plan(), tmp_path/"g", workers=2, name="dask", address=c.scheduler_address))
+        done = list(run_study(plan(), tmp_path/"g", workers=2, engine="dask", address=c.scheduler_address))
     assert sorted(d.state for d in done) == ["measured"]*2 + ["trained"]*2
 
 
 @pytest.mark.slow
 def test_ray_gives_the_same_rows(tmp_path):
     pytest.importorskip("ray")
-    list(run_study(plan(), tmp_path/"a/g", workers=1)), list(run_study(plan(), tmp_path/"b/g", workers=2, name="ray"))
+    list(run_study(plan(), tmp_path/"a/g", workers=1)), list(run_study(plan(), tmp_path/"b/g", workers=2, engine="ray"))
     same(tmp_path/"a/g", tmp_path/"b/g")
 
 
 def test_unknown_engines_are_named():
-    with pytest.raises(ValueError, match="loky, dask or ray, got 'slurm'"), engine("slurm"): pass
+    with pytest.raises(ValueError, match="loky, dask or ray, got 'slurm'"), use_engine("slurm"): pass
 
 
 def test_an_engine_that_is_not_installed_says_how(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"rulediff_nb\[ray\]"), engine("ray"): pass
+    with pytest.raises(ValueError, match=r"rulediff_nb\[ray\]"), use_engine("ray"): pass
 
 
 CHILD = """
