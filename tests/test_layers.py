@@ -13,16 +13,20 @@ LAYERS = {  # module -> modules of the package that it may import
     "certificate": {"core", "table", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL | {"table"},
     "sample": MODEL | {"table", "metrics"}, "study": MODEL | {"table", "metrics", "train", "sample"},
-    "gpu": MODEL | {"table", "metrics", "train", "sample", "study"}, "classifier": MODEL | {"table", "metrics", "train", "study"}, "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
+    "gpu": MODEL | {"table", "metrics", "train", "sample", "study"}, "classifier": MODEL | {"table", "metrics", "train", "study"},
+    "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
     "filter": {"core", "tasks", "metrics", "sample", "classifier", "guide", "table", "study"},
-    "images": {"core", "tasks", "features", "metrics", "store"}, "card": {"_modidx", "tasks", "metrics", "unet", "store", "sample", "table", "study", "classifier"}}
+    "images": {"core", "tasks", "features", "metrics", "store"},
+    "card": {"_modidx", "tasks", "metrics", "unet", "store", "sample", "table", "study", "classifier"}}
 LIBS = {  # library -> the only modules that may import it
     "matplotlib": {"core"}, "ipywidgets": {"core"}, "IPython": {"core"},
     "diffusers": {"schedule", "unet", "train", "sample", "guide", "filter", "classifier", "gpu", "cli"},
     "accelerate": {"train", "sample", "classifier", "cli"}, "pytorch_optimizer": {"train"},
     "joblib": {"study"}, "dask": {"study"}, "ray": {"study"}, "filelock": {"train", "study"},
     "huggingface_hub": {"store", "unet", "sample", "cli", "card"},
-    "nbdev": set(), "scipy": {"metrics", "study"}, "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli"}, "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
+    "scipy": {"metrics", "study"},
+    "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli"},
+    "nbdev": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
 APART = {"cli", "trap", "certificate", "gpu"}
 
