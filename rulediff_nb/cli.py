@@ -174,8 +174,12 @@ def check_folder(
     return Path(folder)
 
 def check_sampling(
-    n:int, steps:int, eta:float, seed:int, scale:float, # see `rulediff sample`
-    least:int=1,                                        # smallest number of images
+    n:int,        # images
+    steps:int,    # network evaluations per image
+    eta:float,    # fresh noise
+    seed:int,     # of the noise
+    scale:float,  # of guidance
+    least:int=1,  # smallest number of images
 ):
     "TypeError or ValueError names the option that no sampler can follow."
     check_int(n, 'n', least, 100_000), check_int(steps, 'steps', 1, 1000), check_int(seed, 'seed')
@@ -277,8 +281,13 @@ def save_demo(
     write_atomic(folder/'demo.csv', pd.DataFrame(lines).to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
 
 def demo_plan(
-    only:str, n:int, steps:int, eta:float, seed:int, scale:float, # options of `demo`
-)->list[Demo]:                                                    # rows, as the study has them: random before fixed
+    only:str,     # part of a name
+    n:int,        # images per model
+    steps:int,    # network evaluations per image
+    eta:float,    # fresh noise
+    seed:int,     # of the noise
+    scale:float,  # of guidance
+)->list[Demo]:    # rows, as the study has them: random before fixed
     "A row for each shipped model; StoreError where no name fits."
     names = [k for k in list_releases(WEIGHTS) if only in k]
     if not names: raise StoreError(f"no weights with {only!r} in their name; there are: {', '.join(list_releases(WEIGHTS)) or 'none'}")
@@ -569,7 +578,9 @@ def study(
     all:bool=False,   # run every study
 ):
     "List the studies, or run one, or what is missing of it, and write its table."
-    if not name and not all: return print(text_table(study_states()))
+    if not name and not all:
+        print(text_table(study_states()))
+        return
     if name and all or all and out: raise ValueError(f"--all runs every study, each in its own folder: leave out {name or '--out'}")
     if ship and (quick or only): raise ValueError("--ship wants the whole study: leave out --quick and --only")
     check_int(workers, 'workers', 1), check_int(threads, 'threads', 1), known(engine, 'engine', CHOICES['engine'])
@@ -612,11 +623,13 @@ def table(
     folder = folder or RESULTS
     if not name:
         lines = [dict(table=k, lines=len(results(k, folder)), title=about(k, folder)['title']) for k in table_names(folder)]
-        return print(text_table(pd.DataFrame(lines)))
+        print(text_table(pd.DataFrame(lines)))
+        return
     keep = lines_where(results(name, folder), where)
     if csv:
         head, *lines = (Path(folder)/f'{name}.csv').read_text().splitlines()
-        return print(head, *(v for v, k in zip(lines, keep) if k), sep='\n')
+        print(head, *(v for v, k in zip(lines, keep) if k), sep='\n')
+        return
     print(text_table(shown_table(name, folder, lambda df: keep), '{:g}'))
     print(f"\n{keep.sum()} lines; measured again by: {about(name, folder)['command']}")
 
