@@ -14,7 +14,7 @@ __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'RULES', 'REPORT', 
            'command_parser', 'run_command', 'steady_streams', 'main']
 
 # %% ../nbs/90_cli.ipynb #bc776a05
-import argparse, difflib, io, math, os, platform, sys, threading, time, zipfile, zlib
+import argparse, difflib, io, math, os, platform, shlex, sys, threading, time, zipfile, zlib
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -589,7 +589,7 @@ def study(
     where, bad = str(pick_device(device)), []
     for s in found:
         folder = Path(out or f'runs/{s.name}{"-quick"*quick}')
-        try: run_rows(s, str(folder), Where(str(folder), str(folder.parent/'trained'), where, threads), only.split(), quick, not again,
+        try: run_rows(s, str(folder), Where(str(folder), str(folder.parent/'trained'), where, threads), shlex.split(only), quick, not again,
                       workers=workers, engine=engine, address=address, budget=budget or math.inf)
         except ValueError as e:
             if not all: raise

@@ -456,7 +456,7 @@ def chosen(
     def fits(row, word):
         name, eq, values = word.partition('=')
         if not eq: return any(word in str(v) for v in row)
-        return str(getattr(row, name, None)) in values.split(',')
+        return str(getattr(row, name, None)) in (values, *values.split(','))   # a value may hold a comma itself
     found = [r for r in rows if all(fits(r, w) for w in only)]
     if only and not found:
         fields = ', '.join(f'{k}={v!r}' for k, v in rows[0]._asdict().items()) if rows else 'nothing'

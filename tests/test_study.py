@@ -145,6 +145,8 @@ def test_several_lines_and_pictures_of_a_row(tmp_path):
 
 def test_only_what_is_asked_for(tmp_path):
     assert states(TOY, tmp_path, only=["coin=bent", "seed=1,7"]) == ["measured"] and states(TOY, tmp_path, only=["fair"]) == ["measured"]*2
+    odd = [Toss("a, b", 0), Toss("a", 1)]
+    assert chosen(odd, ["coin=a, b"]) == odd[:1] + odd[1:] and chosen(odd, ["coin=a, b", "seed=0"]) == odd[:1]
     with pytest.raises(ValueError, match="no row fits coin=round; the first is coin='fair'"): chosen(tosses(False), ["coin=round"])
 
 

@@ -20,7 +20,7 @@ LIMIT = 600   # seconds per cell
 MISSING = re.compile(r"no stored table|no table\b|not at hand|makes it|FileNotFoundError|StoreError: no|NaN images")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reader(wheel, tmp_path_factory):  # noqa: F811
     "A reader's machine: an environment with the wheel, its course extra and a kernel; and a folder with the notebooks alone."
     home = tmp_path_factory.mktemp("reader")
