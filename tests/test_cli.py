@@ -222,6 +222,12 @@ def test_streams_that_are_closed_or_full(line, status, tmp_path):
     if "sample" in line: assert Image.open(tmp_path/"s.png").size == (32, 32)
 
 
+def test_a_place_that_the_terminal_cannot_show_is_written_to(tmp_path):
+    line = f"{RULEDIFF} sample two_squares --n 1 --steps 1 --out z\u00fc.png"
+    status, out, err = shell(line, tmp_path, PYTHONPATH=str(ROOT), PYTHONIOENCODING="ascii:strict", LC_ALL="C.UTF-8")
+    assert status == 0 and out == "written: z\\xfc.png\n" and (tmp_path/"z\u00fc.png").exists()
+
+
 def test_an_error_nobody_can_read_is_still_a_status():
     assert shell(f"{RULEDIFF} train moon 2>&-") == (1, "", "")
 

@@ -185,6 +185,7 @@ def webp(path, **how): Image.fromarray(PIXELS[0]).save(path, format="webp", **ho
 @pytest.mark.parametrize("said,name,make", [
     ("JPEG", "0.jpg", ONE.save), ("JPEG", "0.png", lambda p: ONE.save(p, format="jpeg")),
     ("JPEG", "0.tif", lambda p: ONE.save(p, compression="jpeg")), ("lossy WebP", "0.webp", webp),
+    ("lossy WebP", "0.webp", functools.partial(webp, icc_profile=bytes(129))),
     ("lossy WebP", "0.webp", lambda p: see_through(ONE, 128).save(p, format="webp")),
     ("", "0.webp", functools.partial(webp, lossless=True)), ("", "0.tif", ONE.save), ("", "0.bmp", ONE.save),
     ("", "0.webp", lambda p: see_through(ONE, 128).save(p, format="webp", lossless=True))])
@@ -440,6 +441,7 @@ def test_sides_that_are_not_finite_are_no_reading():
     found = images.Images(from_bytes(PIXELS), list("abcdefgh"), [], [])
     rows = list(csv.DictReader(io.StringIO(images.image_table(task, found, f).to_csv(index=False))))
     assert [r["why"] for r in rows] == ["read"]*2 + ["not finite"] + ["read"]*5 and rows[2]["readable"] == "0" and not rows[2]["a"]
+    assert refused(task, f) == {"not finite": 1}
 
 
 @pytest.mark.parametrize("name", ["r.md", "r.MD"])
