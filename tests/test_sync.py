@@ -12,7 +12,7 @@ def export(dest, nbs=NBS):
     shutil.copy(ROOT/"pyproject.toml", dest)
     shutil.copytree(nbs, dest/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_quarto.yml"))
     (dest/NAME).mkdir()
-    for f in ("__init__.py", "all.py"):
+    for f in ("__init__.py", "__main__.py", "all.py"):
         if (LIB/f).exists(): shutil.copy(LIB/f, dest/NAME)
     run = "from nbdev.doclinks import nbdev_export; nbdev_export()"
     subprocess.run([sys.executable, "-c", run], cwd=dest, env=clean_env(), check=True, timeout=120)
