@@ -14,7 +14,7 @@ __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'RULES', 'REPORT', 
            'command_parser', 'run_command', 'steady_streams', 'main']
 
 # %% ../nbs/90_cli.ipynb #bc776a05
-import argparse, difflib, io, math, os, platform, sys, threading, time, zipfile, zlib
+import argparse, difflib, io, math, os, platform, shlex, sys, threading, time, zipfile, zlib
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,8 +174,12 @@ def check_folder(
     return Path(folder)
 
 def check_sampling(
-    n:int, steps:int, eta:float, seed:int, scale:float, # see `rulediff sample`
-    least:int=1,                                        # smallest number of images
+    n:int,        # images
+    steps:int,    # network evaluations per image
+    eta:float,    # fresh noise
+    seed:int,     # of the noise
+    scale:float,  # of guidance
+    least:int=1,  # smallest number of images
 ):
     "TypeError or ValueError names the option that no sampler can follow."
     check_int(n, 'n', least, 100_000), check_int(steps, 'steps', 1, 1000), check_int(seed, 'seed')
@@ -277,8 +281,13 @@ def save_demo(
     write_atomic(folder/'demo.csv', pd.DataFrame(lines).to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
 
 def demo_plan(
-    only:str, n:int, steps:int, eta:float, seed:int, scale:float, # options of `demo`
-)->list[Demo]:                                                    # rows, as the study has them: random before fixed
+    only:str,     # part of a name
+    n:int,        # images per model
+    steps:int,    # network evaluations per image
+    eta:float,    # fresh noise
+    seed:int,     # of the noise
+    scale:float,  # of guidance
+)->list[Demo]:    # rows, as the study has them: random before fixed
     "A row for each shipped model; StoreError where no name fits."
     names = [k for k in list_releases(WEIGHTS) if only in k]
     if not names: raise StoreError(f"no weights with {only!r} in their name; there are: {', '.join(list_releases(WEIGHTS)) or 'none'}")
@@ -321,10 +330,11 @@ def draw(
     eta:float,      # 0: no fresh noise, 1: as much as the ancestral sampler
     seed:int,       # row i's noise depends on (seed, i) alone
     batch:int=64,   # images at a time
+    precision:str|None=None, # of the network, see `sample`
 )->Tensor:          # (n,3,s,s) in [-1,1]
     "Sample behind a progress bar."
     total, task = -(-n//batch)*(steps + 1), model.recipe.task
-    work = progress(sample_batches(model, n, steps, eta, seed, batch=batch), total, f'{task.name} {task.palette}')
+    work = progress(sample_batches(model, n, steps, eta, seed, batch=batch, precision=precision), total, f'{task.name} {task.palette}')
     return torch.cat([x for x in work if x is not None])
 
 def sample_images(
@@ -376,7 +386,7 @@ def list_all():
           *(f'  {s.name:12} {s.title}' for s in studies().values()), sep='\n')
 
 # %% ../nbs/90_cli.ipynb #b95ca63e
-REPORT = dict(n=1024, steps=50, eta=1., seed=777)  # how a manifest's report is measured
+REPORT = dict(n=1024, steps=50, eta=1., seed=777, precision='fp32')  # how a manifest's report is measured
 
 def train(
     task:str,              # what to learn
@@ -567,7 +577,9 @@ def study(
     all:bool=False,   # run every study
 ):
     "List the studies, or run one, or what is missing of it, and write its table."
-    if not name and not all: return print(text_table(study_states()))
+    if not name and not all:
+        print(text_table(study_states()))
+        return
     if name and all or all and out: raise ValueError(f"--all runs every study, each in its own folder: leave out {name or '--out'}")
     if ship and (quick or only): raise ValueError("--ship wants the whole study: leave out --quick and --only")
     check_int(workers, 'workers', 1), check_int(threads, 'threads', 1), known(engine, 'engine', CHOICES['engine'])
@@ -576,8 +588,8 @@ def study(
     where, bad = str(pick_device(device)), []
     for s in found:
         folder = Path(out or f'runs/{s.name}{"-quick"*quick}')
-        try: run_rows(s, str(folder), Where(str(folder), str(folder.parent/'trained'), where, threads), only.split(), quick, not again,
-                      workers=workers, name=engine, address=address, budget=budget or math.inf)
+        try: run_rows(s, str(folder), Where(str(folder), str(folder.parent/'trained'), where, threads), shlex.split(only), quick, not again,
+                      workers=workers, engine=engine, address=address, budget=budget or math.inf)
         except ValueError as e:
             if not all: raise
             bad.append(f'{s.name}: {e}')
@@ -610,11 +622,13 @@ def table(
     folder = folder or RESULTS
     if not name:
         lines = [dict(table=k, lines=len(results(k, folder)), title=about(k, folder)['title']) for k in table_names(folder)]
-        return print(text_table(pd.DataFrame(lines)))
+        print(text_table(pd.DataFrame(lines)))
+        return
     keep = lines_where(results(name, folder), where)
     if csv:
         head, *lines = (Path(folder)/f'{name}.csv').read_text().splitlines()
-        return print(head, *(v for v, k in zip(lines, keep) if k), sep='\n')
+        print(head, *(v for v, k in zip(lines, keep) if k), sep='\n')
+        return
     print(text_table(shown_table(name, folder, lambda df: keep), '{:g}'))
     print(f"\n{keep.sum()} lines; measured again by: {about(name, folder)['command']}")
 
@@ -654,7 +668,7 @@ def grid(
     check_int(workers, 'workers', 1), known(engine, 'engine', CHOICES['engine'])
     where = Where(out, str(Path(out).parent/'trained'), str(pick_device(device)))
     check_folder(out)
-    run_rows(s, out, where, workers=workers, name=engine, address=address)
+    run_rows(s, out, where, workers=workers, engine=engine, address=address)
 
 # %% ../nbs/90_cli.ipynb #d7f608af
 def _ending(

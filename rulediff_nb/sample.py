@@ -335,7 +335,8 @@ def _find_release(
     if (path := _path_in(name)) is not None: return _release_at(path)
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, 1, .5)
-        raise ValueError(f"unknown task {name!r}{f', did you mean {near[0]!r}?' if near else ''}; known: {', '.join(TASKS)} (a task of your own: `register` it first); or give a path")
+        raise ValueError(f"unknown task {name!r}{f', did you mean {near[0]!r}?' if near else ''}; known: {', '.join(TASKS)} "
+                         '(a task of your own: `register` it first); or give a path')
     if (key := f'{name}-{palette}') not in list_releases(folder): raise _no_weights(key, folder)
     return Path(folder), key
 

@@ -300,7 +300,7 @@ def test_side_by_side_keeps_the_order_and_stops_all():
 
 def test_demo_is_the_study_demo(tmp_path, capsys):
     "The stored table, the study and the command have the same rows and numbers."
-    assert run(capsys, "demo", "--only", "two_squares-fixed", "--n", 16, "--steps", 2, "--out", tmp_path/"d")[0] == 0
+    assert run(capsys, "demo", "--only", "two_squares-fixed", "--n", 16, "--steps", 2, "--precision", "fp32", "--out", tmp_path/"d")[0] == 0
     assert run(capsys, "study", "demo", "--quick", "--workers", 1, "--out", tmp_path/"s")[0] == 0
     a, b = pd.read_csv(tmp_path/"d"/"demo.csv"), results("demo", tmp_path/"s")
     pd.testing.assert_frame_equal(a[["images", *SHOWN]], b[["images", *SHOWN]], rtol=1e-5)
