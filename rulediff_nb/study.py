@@ -437,6 +437,15 @@ def _queue(
             if first is not None: yield joblib.delayed(_attempt)(study, first, where, row_inputs(study, first))
     yield from (joblib.delayed(_attempt)(study, r, where, row_inputs(study, r)) for r in waiting if r is not None)
 
+def _in_parallel(
+    jobs:Iterator, workers:int, engine:str, # joblib's jobs, how many at a time, and where
+)->Iterator[Done]:                          # their results
+    "Results as they are finished; on Ray, whose backend gives lists only, in groups."
+    how = dict(n_jobs=workers, batch_size=1)
+    if engine != 'ray': yield from joblib.Parallel(**how, return_as='generator_unordered', pre_dispatch='n_jobs')(jobs)
+    else:
+        while group := list(itertools.islice(jobs, workers)): yield from joblib.Parallel(**how)(group)
+
 def _work(
     study:Study, rows:list[NamedTuple], where:Where, workers:int, engine:str, address:str, # what is missing, and how it runs
 )->Iterator[Done]:                                                                      # rows and trainings as they are finished
@@ -445,8 +454,7 @@ def _work(
         jobs = _queue(study, list(part), where, 1 if alone else workers)
         if alone: yield from (f(*args, **more) for f, args, more in jobs)
         else:
-            with use_engine(engine, address, workers):
-                yield from joblib.Parallel(n_jobs=workers, return_as='generator_unordered', batch_size=1, pre_dispatch='n_jobs')(jobs)
+            with use_engine(engine, address, workers): yield from _in_parallel(jobs, workers, engine)
 
 def chosen(
     rows:Sequence[NamedTuple], # of a plan
