@@ -346,7 +346,7 @@ def sample_images(
     seed:int=0,          # of the noise, 0 or more; image i depends on (seed, i) alone
     scale:float=0.,      # of guidance by the shipped classifier, any finite number; 0: none
     weights:str='',      # a .safetensors file or folder of your own; empty: the shipped weights
-    out:str='samples.png', # a .png picture of all, a .npz file for `rulediff report`, or a folder for a file per image
+    out:str='samples.png', # a .png picture of all, a .npz file, or a folder for a file per image; `rulediff report` reads each
     device:str='',       # cpu, cuda, cuda:1 and so on, or mps; empty: the fastest there is
 ):
     "Draw images from a model and keep them."
@@ -421,8 +421,9 @@ def train(
         print(f"step {s.step} of {steps}, loss {s.loss:.4f}, {s.images} images, {s.seconds:.0f} s", flush=True)
     if not here.is_main_process: return
     release(folder, weights or folder, dict(REPORT, n=score))
-    file = Path(weights or folder)/f'{task.name}-{palette}.safetensors'
-    print(f"weights: {file}\nload them: load_pretrained('{file}')\nsample: rulediff sample {task.name} --palette {palette} --weights {file}")
+    file = str(Path(weights or folder)/f'{task.name}-{palette}.safetensors')
+    print(f'weights: {file}\nload them: load_pretrained({file!r})')
+    print(f'sample: rulediff sample {task.name} --palette {palette} --weights {shlex.quote(file)}')
 
 def parse_change(
     text:str, # such as "lr=1e-3 attention=False,True,True"
@@ -523,7 +524,7 @@ def outlook(
     todo = [r for r, d in zip(rows, there) if not d]
     needs = {n.key for r in todo for n in study.needs(r) if not n.weights(Path(where.trained))}
     more = f"with {len(needs)} training{'s'*(len(needs) != 1)}" if needs else 'without a training'
-    return f"{study.name}: {len(rows)} rows, {len(rows) - len(todo)} are there, {len(todo)} to do" + f', {more}'*bool(todo)
+    return f"{study.name}: {len(rows)} row{'s'*(len(rows) != 1)}, {len(rows) - len(todo)} there, {len(todo)} to do" + f', {more}'*bool(todo)
 
 def headline(
     study:Study, # whose row it is
@@ -688,7 +689,7 @@ def _bytes(
 
 def report(
     task:str='',        # what the images are meant to show
-    images:str='',      # a folder of images, 16 to 256 pixels a side, or an .npz file
+    images:str='',      # a folder of images, 16 to 256 pixels a side, an .npz file, or a .png picture of `rulediff sample`
     palette:str='fixed', # of the images; random: random HSV colours as published
     out:str='',         # a .csv or .md file to write; empty: none
     per_image:str='',   # a .csv file with a row per image; empty: none
@@ -787,7 +788,7 @@ def command_parser(
     for k, v in docments(f, full=True).items():
         if k == 'return': continue
         text, bare = v.docment + (f"; one of {', '.join(CHOICES[k])}" if k in CHOICES else ''), v.default is Parameter.empty
-        text = text.replace('%', '%%') + ('' if bare or v.default in ('', False) else f' (default: {v.default})')
+        text = text.replace('%', '%%') + ('' if bare or v.default == '' or v.anno is bool else f' (default: {v.default})')
         if v.anno is bool: p.add_argument(f"--{k.replace('_', '-')}", dest=k, action='store_true', help=text)
         elif bare: p.add_argument(k, type=v.anno, help=text)
         elif k in PLACES.get(name, ()): p.add_argument(k, type=v.anno, help=text, nargs='?', default=v.default)

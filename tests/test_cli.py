@@ -4,6 +4,7 @@ import functools
 import importlib.metadata as meta
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from rulediff_nb.images import SCHEMA, SHOWN
 from rulediff_nb.sample import WEIGHTS, load_pretrained, sample
 from rulediff_nb.store import StoreError, list_releases, load_tensors, save_release
 from rulediff_nb.study import ship
-from rulediff_nb.table import STUDIES, Study, read_table, register_study, results, table_names
+from rulediff_nb.table import STUDIES, Study, read_table, register_study, results, studies, table_names
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
@@ -156,8 +157,9 @@ def test_no_option_lacks_a_comment():
 
 
 def test_defaults_are_said(capsys):
-    out = run(capsys, "demo", "--help")[1]
-    assert "(default: 160)" in out and "(default: )" not in out and "''" not in out
+    out = run(capsys, "demo", "--help")[1] + run(capsys, "train", "--help")[1]
+    assert "(default: 160)" in out and "(default: 0)" in out and "(default: 0.0)" in out
+    for nothing in ("(default: )", "(default: False)", "''"): assert nothing not in out
 
 
 @pytest.mark.parametrize("command", ["sample", "study", "demo", "grid"])
@@ -422,9 +424,10 @@ def test_samples_of_a_readers_own_weights(tmp_path, capsys):
     assert "two_squares" in err and "two_circles" in err and not (tmp_path/"y.npz").exists()
 
 
-def test_samples_can_be_reported_on(tmp_path, capsys):
-    assert run(capsys, *ARGS, "--out", tmp_path/"x.npz")[0] == 0
-    status, out, _ = run(capsys, "report", "--task", "two_squares", "--images", tmp_path/"x.npz")
+@pytest.mark.parametrize("name", ["x.npz", "x.png", "x"])
+def test_samples_can_be_reported_on(name, tmp_path, capsys):
+    assert run(capsys, *ARGS, "--out", tmp_path/name)[0] == 0
+    status, out, _ = run(capsys, "report", "--task", "two_squares", "--images", tmp_path/name)
     assert status == 0 and "5 read, 0 files" in out
 
 
@@ -466,7 +469,7 @@ def share(row, work): return dict(share=row.seed + (.5 if row.coin == "fair" els
 @pytest.fixture
 def toy(monkeypatch):
     "A small study, registered for this test alone."
-    monkeypatch.setattr(table, "STUDIES", dict(STUDIES))
+    monkeypatch.setattr(table, "STUDIES", dict(studies()))   # all are imported before, or their own would be lost
     return register_study(Study("toy", "is the coin fair?", tosses, share, keys=("coin",), shown=("share", "throws")))
 
 
@@ -479,11 +482,11 @@ def again(study, **changes):
 def test_a_study_says_what_is_before_it_and_what_each_row_gave(toy, tmp_path, capsys):
     status, out, err = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
     assert status == 0 and err == "" and out.splitlines() == [
-        "toy: 4 rows, 0 are there, 4 to do, without a training", "fair seed=0: share 0.500, throws 10.000",
+        "toy: 4 rows, 0 there, 4 to do, without a training", "fair seed=0: share 0.500, throws 10.000",
         "bent seed=0: share 0.700, throws 10.000", "fair seed=1: share 1.500, throws 10.000", "bent seed=1: share 1.700, throws 10.000",
         f"table: {tmp_path/'r'/'toy.csv'}"]
     assert results("toy", tmp_path/"r").share.tolist() == [.5, .7, 1.5, 1.7]
-    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")[1].splitlines()[0] == "toy: 4 rows, 4 are there, 0 to do"
+    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")[1].splitlines()[0] == "toy: 4 rows, 4 there, 0 to do"
 
 
 def test_the_first_line_comes_before_any_work(toy, tmp_path, capsys, monkeypatch):
@@ -498,11 +501,11 @@ def test_a_study_counts_its_trainings(tmp_path, capsys):
             "--seeds", "0", "--n", "32", "--images", "16", "--workers", "1", "--out", tmp_path/"g"]
     status, out, _ = run(capsys, *args)
     lines = out.splitlines()
-    assert status == 0 and lines[0] == "grid: 2 rows, 0 are there, 2 to do, with 2 trainings" and lines[-1] == f"table: {tmp_path/'g'/'grid.csv'}"
+    assert status == 0 and lines[0] == "grid: 2 rows, 0 there, 2 to do, with 2 trainings" and lines[-1] == f"table: {tmp_path/'g'/'grid.csv'}"
     assert sum("trained" in v for v in lines) == 2 and sum("rule_gap" in v for v in lines) == 2
     table = read_table(tmp_path/"g"/"grid.csv")
     assert table.task.tolist() == ["two_squares", "two_circles"] and {"readable", "rule_gap_low", "mse_100", "label"} <= set(table)
-    assert run(capsys, *args)[1].splitlines()[0] == "grid: 2 rows, 2 are there, 0 to do"
+    assert run(capsys, *args)[1].splitlines()[0] == "grid: 2 rows, 2 there, 0 to do"
 
 
 @pytest.mark.parametrize("args,word", [
@@ -520,7 +523,7 @@ def test_a_grid_says_when_runs_failed(tmp_path, capsys):
 
 def test_rows_that_are_asked_for(toy, tmp_path, capsys):
     out = run(capsys, "study", "toy", "--workers", 1, "--only", "coin=bent seed=1,7", "--out", tmp_path/"r")[1].splitlines()
-    assert out[0].startswith("toy: 1 rows") and len(out) == 3 and out[1].startswith("bent seed=1")
+    assert out[0].startswith("toy: 1 row,") and len(out) == 3 and out[1].startswith("bent seed=1")
     assert "no row fits coin=round" in fails(capsys, "study", "toy", "--only", "coin=round", "--out", tmp_path/"q") and not (tmp_path/"q").exists()
 
 
@@ -542,7 +545,7 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(toy, tmp_path, capsys):
     assert err == "rulediff study: 2 of 4 rows failed, see above; the same command tries them again\n"
     again(toy)
     status, out, _ = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
-    assert status == 0 and out.startswith("toy: 4 rows, 2 are there, 2 to do")
+    assert status == 0 and out.startswith("toy: 4 rows, 2 there, 2 to do")
 
 
 def test_a_row_of_several_lines_says_their_range(toy, tmp_path, capsys):
@@ -563,8 +566,8 @@ def test_shipping_and_measuring_again(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("rulediff_nb.study.results", functools.partial(results, folder=tmp_path/"shelf"))
     status, out, _ = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r", "--ship")
     assert status == 0 and out.splitlines()[-1] == "4 lines ship now" and table_names(tmp_path/"shelf") == ["toy"]
-    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"new")[1].startswith("toy: 4 rows, 4 are there")
-    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"newer", "--again")[1].startswith("toy: 4 rows, 0 are there")
+    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"new")[1].startswith("toy: 4 rows, 4 there")
+    assert run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"newer", "--again")[1].startswith("toy: 4 rows, 0 there")
     for wrong in ("--quick", "--only=fair"): assert "--ship wants" in fails(capsys, "study", "toy", "--ship", wrong, "--out", tmp_path/"q")
 
 
@@ -575,7 +578,7 @@ def test_all_studies(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "study", "--all", "--quick", "--workers", 1)
     heads = [v for v in out.splitlines() if ": 2 rows" in v]
-    assert status == 0 and heads == [f"{k}: 2 rows, 0 are there, 2 to do, without a training" for k in ("toy", "toy_b")]
+    assert status == 0 and heads == [f"{k}: 2 rows, 0 there, 2 to do, without a training" for k in ("toy", "toy_b")]
     def broken(row, work): raise OSError("no disk")
     monkeypatch.setattr(cli, "studies", lambda: dict(toy=Study("toy", "", tosses, broken, version=2), toy_b=two))
     status, out, err = run(capsys, "study", "--all", "--quick", "--workers", 1, "--again")
@@ -683,13 +686,13 @@ def test_train_interrupted_resumed_released(tiny, tmp_path, capsys, monkeypatch)
 
 
 def test_train_says_where_the_weights_are_and_how_to_load_them(tiny, tmp_path, capsys):
-    status, out, _ = run(capsys, *TRAIN, "--out", tmp_path)
+    status, out, _ = run(capsys, *TRAIN, "--out", tmp_path/"my 'runs'")
     *_, where, how, sample_it = out.splitlines()
-    file = next(tmp_path.iterdir())/"two_squares-fixed.safetensors"
+    file = next((tmp_path/"my 'runs'").iterdir())/"two_squares-fixed.safetensors"
     assert status == 0 and where == f"weights: {file}" and file.exists() and how.startswith("load them: load_pretrained(")
     model = eval(how.removeprefix("load them: "), dict(load_pretrained=load_pretrained))
     assert model.manifest["steps"] == 4 and model.recipe.task.name == "two_squares"
-    words = sample_it.removeprefix("sample: rulediff ").split()
+    words = shlex.split(sample_it.removeprefix("sample: rulediff "))
     assert run(capsys, *words, "--n", 2, "--steps", 1, "--out", tmp_path/"s.npz")[0] == 0
 
 
