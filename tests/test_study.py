@@ -371,7 +371,7 @@ for d in run_study(todo, sys.argv[1], workers=1): print(d.state, flush=True)
 @pytest.mark.parametrize("wait", [.05, .6])
 def test_a_killed_study_goes_on(wait, tmp_path):
     p = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path/"a/g")], env=clean_env(), stdout=subprocess.PIPE, text=True)
-    while p.stdout.readline().strip() != "measured": pass   # the first row is done
+    while (line := p.stdout.readline()).strip() != "measured": assert line, f"the child has ended: {p.wait()}"   # until the first row is done
     time.sleep(wait)
     os.kill(p.pid, signal.SIGKILL), p.wait()
     todo = grid(["two_squares"], changes=[TINY], steps=[40], seeds=[0, 1, 2], n=32, images=16)
