@@ -61,7 +61,7 @@ def test_unwanted_files_are_seen():
 def test_nothing_of_the_workshop_is_needed(empty, tmp_path):
     code = f"""
 import importlib.util as u, {NAME}
-gone = [m for m in ('nbdev', 'jupyterlab', 'nbconvert', 'pytest', 'scipy', 'ruff') if u.find_spec(m)]
+gone = [m for m in ('nbdev', 'jupyterlab', 'nbconvert', 'pytest', 'ray', 'ruff') if u.find_spec(m)]
 assert not gone, gone
 assert {str(ROOT)!r} not in {NAME}.__file__, {NAME}.__file__
 """
