@@ -32,11 +32,11 @@ import rulediff_nb
 from .core import check_images, check_int, row_generator, row_noise, row_uniform
 from .metrics import share_interval
 from .schedule import add_noise, amplitudes, snr
-from .store import StoreError, content_hash, load_manifest, load_network, load_tensors, save_release, save_tensors
-from .study import content_mark, plain
+from .store import content_hash, load_manifest, load_network, save_release
+from .study import content_mark, keep_weights, load_kept, plain
 from .table import Study, Work, register_study
 from .tasks import Task, get_task
-from .train import Batch, Run, Step, attention_for, fit, run_weights, train_steps
+from .train import Batch, Run, Step, attention_for, fit, train_steps
 from .unet import Recipe
 
 # %% ../nbs/12_classifier.ipynb #20ff0faa
@@ -547,8 +547,7 @@ class TrainedClassifier(NamedTuple):
         folder:Path, # of trainings
     )->str:          # 12 hexadecimal digits; empty where it is not trained yet
         "The hash of what `load` would load, as it stands in the file's header."
-        path = self._file(folder)
-        return content_mark(path) if path.exists() else ''
+        return content_mark(self._file(folder))
 
     def train(self,
         folder:Path, # of trainings
@@ -564,24 +563,15 @@ class TrainedClassifier(NamedTuple):
             yield s.step
         per_step = (time.process_time() - begun)/(self.steps - first + 1) if first else math.nan   # a resumed run did the last ones alone
         cpu = begun - start + per_step*self.steps
-        kept, meta = run_weights(own)
-        meta = {k: v for k, v in meta.items() if k != 'scaler'} | dict(cpu_seconds=cpu if math.isfinite(cpu) else None)
-        save_tensors(self._file(folder), kept, meta)
+        keep_weights(own, self._file(folder), self.steps, cpu_seconds=cpu if math.isfinite(cpu) else None)
 
     def load(self,
         folder:Path, # of trainings
         device:torch.device, # where the network goes
     )->RuleClassifier: # in eval mode; what is known of its training is `.manifest`
         "The trained network; StoreError for a file that is missing, damaged or of another training."
-        path = self._file(folder)
-        kept, meta = load_tensors(path)
         want = dict(need=plain(self._asdict()), recipe=self.recipe().to_dict())
-        wrong = [f'{k} {meta.get(k)}, expected {v}' for k, v in want.items() if meta.get(k) != v]
-        if wrong: raise StoreError(f"{path} is of another training: it has {'; '.join(wrong)}")
-        clf = RuleClassifier(meta['recipe'])
-        clf.load_state_dict(kept)
-        clf.manifest = meta
-        return clf.to(device, memory_format=torch.channels_last).eval()
+        return load_kept(self._file(folder), RuleClassifier, device, want)
 
 class ShippedClassifier(NamedTuple):
     "A guidance classifier or regressor of the package, as something that rows of studies need."

@@ -33,11 +33,11 @@ from .core import check_int, range_known, row_generator
 from .metrics import measured, rule_report
 from .sample import check_model, sample
 from .schedule import amplitudes, snr, solve
-from .store import content_hash, load_tensors, save_tensors
-from .study import Shipped, content_mark, report_columns
+from .store import content_hash
+from .study import Shipped, content_mark, keep_weights, load_kept, report_columns
 from .table import Study, Work, register_study, results
 from .tasks import Task, get_task
-from .train import run_weights, train_steps
+from .train import train_steps
 from .unet import Recipe, RuleUNet, recipe, unet
 
 # %% ../nbs/13_guide.ipynb #2fcb56e3
@@ -531,7 +531,7 @@ class Labelled(NamedTuple):
         folder:Path, # of trainings
     )->str:          # 12 hexadecimal digits; empty where it is not trained yet
         "The hash of the trained weights."
-        return content_mark(self._file(folder)) if self._file(folder).exists() else ''
+        return content_mark(self._file(folder))
 
     def train(self,
         folder:Path, # of trainings
@@ -542,19 +542,14 @@ class Labelled(NamedTuple):
         own, (x, y) = Path(folder)/self.key, self.images()
         model = unet('laptop', self.recipe().task, self.seed, classes=3, label_drop=.1, **dict(self.changes)).to(device)
         for s in train_steps(model, x, own, self.steps, self.seed, every=30., y=y): yield s.step
-        kept, meta = run_weights(own)
-        save_tensors(self._file(folder), kept, {k: v for k, v in meta.items() if k != 'scaler'})
+        keep_weights(own, self._file(folder), self.steps)
 
     def load(self,
         folder:Path, # of trainings
         device:torch.device, # where the model goes
     )->RuleUNet:     # in eval mode; what is known of its training is `.manifest`
         "The trained model."
-        kept, meta = load_tensors(self._file(folder))
-        model = RuleUNet(meta['recipe'])
-        model.load_state_dict(kept)
-        model.manifest = meta
-        return model.to(device, memory_format=torch.channels_last).eval()
+        return load_kept(self._file(folder), RuleUNet, device)
 
 # %% ../nbs/13_guide.ipynb #c0117004
 WHEN = {   # where guidance acts: a scale and a recipe -> a scale per timestep

@@ -29,7 +29,7 @@ import rulediff_nb
 from .core import check_int, progress as progress_bar, range_known, row_generator, row_noise
 from .metrics import Measured, RuleReport, bootstrap, gap, interval, measure, real_images, rule_report, statistics
 from .schedule import FiniteSet, amplitudes
-from .store import StoreError, content_hash, list_releases, load_manifest, load_release
+from .store import StoreError, content_hash, list_releases, load_manifest, open_network
 from .table import Study, Work, register_study
 from .tasks import TASKS, Task, get_task
 from .unet import Recipe, RuleUNet, check_labels
@@ -359,18 +359,13 @@ def load_pretrained(
 )->RuleUNet:               # in eval mode, float32; it has `manifest`, `task` and `trained_on`
     "Load weights; ValueError for an unknown name, StoreError for files that are missing, changed, or of version 0.1."
     folder, key = _find_release(name, palette, folder)
-    tensors, m = load_release(folder, key)
-    try:
-        net = RuleUNet(m['recipe'])
-        net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise StoreError(f"{folder/key}.safetensors does not fit the recipe in its manifest: {str(e).splitlines()[0]}") from e
+    net = open_network(folder, key, RuleUNet)
+    m = net.manifest
     made_for = f'{net.task.name}-{net.task.palette}'
     if name in TASKS and made_for != key: raise StoreError(f"{folder/key}.json is for {made_for}, expected {key}")
     bits = '' if net.recipe.classes or net.recipe.conditions else m.get('images_sha256', '')   # with labels the hash is of both
     if {'images_in_set', 'set_seed'} <= set(m): net.trained_on = partial(_training_set, net.task, m['images_in_set'], m['set_seed'], bits)
-    net.manifest = m
-    return net.to(device or 'cpu', memory_format=torch.channels_last).eval()
+    return net.to(device or 'cpu', memory_format=torch.channels_last)
 
 class Shipped(NamedTuple):
     "Weights of the package, as something that rows of studies need."

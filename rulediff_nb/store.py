@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/store.html.md"""
 
 # %% auto #0
 __all__ = ['StoreError', 'write_atomic', 'sha256', 'content_hash', 'save_tensors', 'load_tensors', 'save_release',
-           'list_releases', 'load_manifest', 'load_release', 'load_network']
+           'list_releases', 'load_manifest', 'load_release', 'open_network', 'load_network']
 
 # %% ../nbs/06_store.ipynb #11b34706
 import hashlib, json, os, tempfile
@@ -150,6 +150,21 @@ def load_release(
     try: return load(blob), manifest
     except SafetensorError as e: raise StoreError(f"{path} is not a whole safetensors file: {e}") from e
 
+def open_network(
+    folder:str|Path, # where weights and manifests stand
+    name:str,        # file name without its ending
+    make:Callable[[dict],nn.Module], # a recipe -> an untrained network
+)->nn.Module:        # in eval mode, float32, on the CPU; its manifest is `.manifest`
+    "Make a network from a release; StoreError for files that are missing or changed, or do not fit each other."
+    tensors, manifest = load_release(folder, name)
+    try:
+        net = make(manifest['recipe'])
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise StoreError(f"{Path(folder)/name}.safetensors does not fit the recipe in its manifest: {str(e).splitlines()[0]}") from e
+    net.manifest = manifest
+    return net.eval()
+
 def load_network(
     folder:str|Path, # where weights and manifests stand
     task:str,       # what it must have been trained on: "TASK-PALETTE"
@@ -159,13 +174,7 @@ def load_network(
     "Make a network from a recipe and weights; StoreError for files that are missing, changed or made for something else."
     name, there = f'{task}-{role}' if role else task, list_releases(folder)
     if name not in there: raise StoreError(f"no weights {name!r} in {folder}; there are: {', '.join(there) or 'none'}")
-    tensors, manifest = load_release(folder, name)
-    try:
-        net = make(manifest['recipe'])
-        net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise StoreError(f"{Path(folder)/name}.safetensors does not fit the recipe in its manifest: {str(e).splitlines()[0]}") from e
+    net = open_network(folder, name, make)
     made_for = f'{net.recipe.task.name}-{net.recipe.task.palette}'
     if made_for != task: raise StoreError(f"{Path(folder)/name}.json is for {made_for}, expected {task}")
-    net.manifest = manifest
-    return net.eval()
+    return net

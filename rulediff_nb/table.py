@@ -185,6 +185,7 @@ def studies()->dict[str,Study]: # by name
     return STUDIES
 
 # %% ../nbs/00a_table.ipynb #0244f601
+@lru_cache(maxsize=1)
 def _run_time_versions()->dict[str,str]: # by library
     "Installed versions of what the package needs at run time."
     from importlib.metadata import PackageNotFoundError, requires, version
@@ -205,8 +206,9 @@ def _git(
     try: return subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True).stdout.strip()
     except OSError: return ''
 
+@lru_cache(maxsize=1)
 def revision()->tuple[str,bool]: # the commit, or "not a git checkout"; whether code or notebooks differ from it
-    "What code this is."
+    "What code this is; asked once, since the code that runs is the one that was imported."
     top = _git('rev-parse', '--show-toplevel')
     if not top or Path(top) != Path(rulediff_nb.__file__).parents[1]: return 'not a git checkout', False
     return _git('rev-parse', 'HEAD'), bool(_git('status', '--porcelain', '--untracked-files=no', '--', 'rulediff_nb/*.py'))
@@ -220,4 +222,4 @@ def provenance(
     more = dict(cuda=torch.version.cuda) if device.type == 'cuda' else {}
     return dict(hardware=name, device=device.type, threads=torch.get_num_threads(), cores=os.cpu_count(), system=platform.system(),
                 python=platform.python_version(), package=rulediff_nb.__version__, torch=torch.__version__,
-                diffusers=versions.get('diffusers'), versions=versions, revision=commit, dirty=dirty, **more)
+                diffusers=versions.get('diffusers'), versions=dict(versions), revision=commit, dirty=dirty, **more)
