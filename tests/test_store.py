@@ -3,10 +3,13 @@ import errno
 import json
 import os
 import pickle
+import socket
 import stat
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,11 +19,17 @@ from safetensors.torch import save, save_file
 from rulediff_nb import store
 from rulediff_nb.store import (
     StoreError,
+    check_file,
+    check_folder,
+    check_json,
+    check_release,
     content_hash,
     list_releases,
     load_manifest,
     load_release,
     load_tensors,
+    open_network,
+    read_file,
     save_release,
     save_tensors,
     sha256,
@@ -87,7 +96,151 @@ def test_the_hash_sees_every_change(tensors, meta): assert content_hash(tensors,
 def test_folders_are_made(tmp_path): assert write_atomic(tmp_path/"a"/"b"/"c.txt", b"x").read_bytes() == b"x"
 
 
-def test_others_may_read_what_is_written(path): assert stat.S_IMODE(path.stat().st_mode) == 0o644
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0])
+def test_the_umask_says_who_may_read_what_is_written(umask, tmp_path):
+    before = os.umask(umask)
+    try: paths = [write_atomic(tmp_path/"new", b"x"), write_atomic(tmp_path/"new", b"y"), save_tensors(tmp_path/"t", TENSORS, META)]
+    finally: os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in paths} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_flush(code, tmp_path, monkeypatch):
+    def refuse(fd): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(store.os, "fsync", refuse)
+    assert write_atomic(tmp_path/"x", b"x").read_bytes() == b"x" and litter(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("call", ["chmod", "fchmod", "link", "symlink", "rename"])
+def test_calls_that_a_file_system_may_lack_are_not_needed(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, call, full, raising=False)
+    assert write_atomic(tmp_path/"x", b"x").read_bytes() == b"x"
+    assert save_release(tmp_path, "w", dict(w=torch.ones(2)), dict(recipe={}))["bytes"] > 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK, errno.EINVAL])
+def test_a_file_system_without_locks(code, tmp_path, monkeypatch):
+    def refuse(*args): raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(store.fcntl, "flock", refuse)
+    assert save_release(tmp_path, "w", dict(w=torch.ones(2)), dict(recipe={})) == load_manifest(tmp_path, "w")
+
+
+def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path):
+    name = "\u00e4"*125 + ".csv"
+    assert write_atomic(tmp_path/name, b"x").read_bytes() == b"x" and litter(tmp_path) == [name]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path/"real").mkdir()
+    (tmp_path/"link").symlink_to("real/file")
+    for blob in (b"1", b"2"): assert write_atomic(tmp_path/"link", blob).read_bytes() == blob == (tmp_path/"real"/"file").read_bytes()
+    assert (tmp_path/"link").is_symlink() and litter(tmp_path/"real") == ["file"]
+
+
+def test_an_error_without_a_number_is_said_in_its_own_words(tmp_path, monkeypatch):
+    def odd(*args): raise OSError("the network drive is gone")
+    monkeypatch.setattr(store.os, "replace", odd)
+    with pytest.raises(StoreError, match="x: the network drive is gone; what"): write_atomic(tmp_path/"x", b"x")
+
+
+# ---------------------------------------------------------------- what cannot be stored is refused
+
+NOT_JSON = {"numpy": np.int64(3), "small": np.float32(.5), "array": np.ones(2), "tensor": torch.ones(2), "nan": float("nan"),
+            "np nan": np.float64("nan"), "inf": [1, -float("inf")], "path": Path("x"), "set": {1},
+            "bytes": b"x", "key": {3: 4}, "deep": dict(a=[dict(b=np.bool_(True))])}
+
+
+@pytest.mark.parametrize("how", NOT_JSON)
+def test_what_json_cannot_hold_is_named(how, tmp_path):
+    words = {"key": r"extra\.x has the key 3", "inf": r"extra\.x\[1\] is -inf", "deep": r"extra\.x\.a\[0\]\.b is of type bool"}
+    extra = dict(extra=dict(x=NOT_JSON[how]))
+    for write in (lambda: save_tensors(tmp_path/"x", TENSORS, extra), lambda: save_release(tmp_path, "x", TENSORS, dict(recipe={}, **extra))):
+        with pytest.raises((TypeError, ValueError), match=words.get(how, r"extra\.x is ")): write()
+    assert litter(tmp_path) == []
+
+
+def test_what_json_can_hold():
+    v = dict(a=[1, 2.5, None, True, "x", (1, 2)], b=dict(c=np.float64(.5)), d=2**80)
+    assert check_json(v, "it") is v
+
+
+@pytest.mark.parametrize("value", [None, 3, np.ones(2), [1.]])
+def test_what_is_no_tensor_is_named(value, tmp_path):
+    for write in (lambda t: save_tensors(tmp_path/"x", t, {}), lambda t: save_release(tmp_path, "x", t, dict(recipe={}))):
+        with pytest.raises(TypeError, match="'w' must be a tensor"): write(dict(w=value))
+
+
+def test_tensors_that_share_memory_are_stored(tmp_path):
+    w = torch.arange(12.).view(3, 4)
+    t = dict(a=w, tied=w, part=w[1:], turned=w.T)
+    assert same(load_tensors(save_tensors(tmp_path/"x", t, {}))[0], t)
+    save_release(tmp_path, "w", t, dict(recipe={}))
+    assert same(load_release(tmp_path, "w")[0], {k: v.half() for k, v in t.items()})
+
+
+def test_a_release_that_could_not_be_read_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="must say the 'recipe'"): save_release(tmp_path, "x", TENSORS, dict(seed=0))
+    assert litter(tmp_path) == []
+
+
+# ---------------------------------------------------------------- places, before any work
+
+def odd_places(folder):
+    "Everything that is no file."
+    (folder/"folder").mkdir(), os.mkfifo(folder/"pipe"), (folder/"loop").symlink_to("loop")
+    (folder/"dangling").symlink_to("nowhere"), (folder/"tty").symlink_to("/dev/null"), (folder/"text").write_text("x")
+    with socket.socket(socket.AF_UNIX) as s: s.bind(str(folder/"socket"))
+    return [folder/k for k in ("folder", "pipe", "loop", "dangling", "tty", "socket", "none", "text/none")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and links of POSIX")
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    for p in odd_places(tmp_path):
+        for read in (read_file, load_tensors):
+            with pytest.raises(StoreError, match=str(p)): read(p)
+        os.symlink(p, tmp_path/"w.json"), os.symlink(p, tmp_path/"w.safetensors")
+        for read in (load_manifest, load_release):
+            with pytest.raises(StoreError, match="w.json"): read(tmp_path, "w")
+        os.unlink(tmp_path/"w.json"), os.unlink(tmp_path/"w.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and links of POSIX")
+def test_a_place_for_a_file(tmp_path):
+    bad = {p.name: p for p in odd_places(tmp_path)}
+    for name, word in dict(folder="a folder, wanted a file", pipe="a pipe", socket="a socket", tty="a device", loop="cannot look at").items():
+        with pytest.raises(StoreError, match=word): check_file(bad[name])
+    with pytest.raises(StoreError, match="cannot"): check_file(tmp_path/"text"/"none")
+    before = litter(tmp_path)
+    for good in ("none", "text", "dangling"): assert check_file(tmp_path/good) == tmp_path/good and litter(tmp_path) == before
+    assert check_file(tmp_path/"new"/"x").parent.is_dir() and (tmp_path/"text").read_text() == "x"
+    for end in ("json", "safetensors"):
+        (tmp_path/f"w.{end}").mkdir()
+        with pytest.raises(StoreError, match=f"w.{end}: it is a folder"): check_release(tmp_path, "w")
+        (tmp_path/f"w.{end}").rmdir()
+
+
+def test_a_protected_file_is_left_alone(tmp_path, monkeypatch):
+    path = write_atomic(tmp_path/"x", b"x")
+    monkeypatch.setattr(store.os, "access", lambda p, how: False)
+    with pytest.raises(StoreError, match="x: it is write-protected"): check_file(path)
+    assert check_file(tmp_path/"y") == tmp_path/"y"
+
+
+def test_a_folder_is_looked_at_by_several_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool: assert set(pool.map(check_folder, [tmp_path/"d"]*200)) == {tmp_path/"d"}
+    assert litter(tmp_path/"d") == []
+    (tmp_path/"f").write_text("")
+    with pytest.raises(StoreError, match="cannot write to"): check_folder(tmp_path/"f")
+
+
+def test_two_writers_leave_one_release(tmp_path):
+    "Weights and manifest belong together, whoever was last."
+    def write(k):
+        for _ in range(10): save_release(tmp_path, "w", dict(w=torch.full((5000,), float(k))), dict(recipe={}, k=k))
+    with ThreadPoolExecutor(4) as pool: list(pool.map(write, range(4)))
+    tensors, manifest = load_release(tmp_path, "w")
+    assert (tensors["w"] == manifest["k"]).all() and litter(tmp_path) == ["w.json", "w.safetensors"]
 
 
 # ---------------------------------------------------------------- crashes
@@ -102,7 +255,7 @@ class Crash(BaseException):
 def crash(*args): raise Crash
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "chmod", "fdopen"])
+@pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
 @pytest.mark.parametrize("fail,error", [(full, StoreError), (crash, Crash)])
 def test_a_failed_write_leaves_the_old_file(call, fail, error, path, monkeypatch):
     old = path.read_bytes()
@@ -164,7 +317,7 @@ def test_a_folder_without_write_rights(tmp_path):
 
 def test_a_folder_that_refuses(tmp_path, monkeypatch):
     def refuse(*args, **kw): raise PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(store.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(store.os, "open", refuse)
     with pytest.raises(StoreError, match="cannot write to .*Permission denied"): write_atomic(tmp_path/"x", b"x")
 
 
@@ -300,9 +453,18 @@ def test_a_damaged_manifest(text, folder):
         with pytest.raises(StoreError, match="w-fixed.json"): f(folder, "w-fixed")
 
 
-def test_a_manifest_that_is_no_text(folder):
-    (folder/"w-fixed.json").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(StoreError, match="w-fixed.json"): load_manifest(folder, "w-fixed")
+@pytest.mark.parametrize("blob", [b"\xff\xfe\x80", b"["*100_000, b'{"sha256": "x", "recipe": {}, "seed": NaN}'])
+def test_a_manifest_that_is_no_text(blob, folder):
+    (folder/"w-fixed.json").write_bytes(blob)
+    with pytest.raises(StoreError, match="w-fixed.json is not JSON"): load_manifest(folder, "w-fixed")
+
+
+@pytest.mark.parametrize("error", [AttributeError("no lr"), KeyError("lr"), RuntimeError(""), TypeError("what"), ValueError("two\nlines")])
+def test_a_recipe_that_no_network_follows_is_named(error, folder):
+    def make(recipe): raise error
+    with pytest.raises(StoreError, match=r"w-fixed.safetensors does not fit the recipe in its manifest: .") as e:
+        open_network(folder, "w-fixed", make)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("value", ["0"*64, "", None, 3])
