@@ -6,14 +6,14 @@ Docs: https://rulediff.github.io/rulediff_nb/study.html.md"""
 
 # %% auto #0
 __all__ = ['TIMESTEPS', 'SCORES', 'CURVES', 'BRIEF', 'RECIPES', 'Denoiser', 'content_mark', 'keep_weights', 'load_kept', 'Known',
-           'ruler_readings', 'ruler_mark', 'plain', 'row_inputs', 'row_key', 'Done', 'Where', 'provenance_mark',
-           'write_table', 'write_run', 'use_engine', 'row_states', 'chosen', 'run_study', 'ship', 'denoising_error',
-           'report_columns', 'measure_denoiser', 'Cell', 'grid', 'Mark', 'Brief', 'pace', 'Choice']
+           'ruler_readings', 'ruler_mark', 'plain', 'row_inputs', 'row_key', 'Done', 'Where', 'damaged_rows',
+           'provenance_mark', 'write_table', 'write_run', 'use_engine', 'row_states', 'chosen', 'run_study', 'ship',
+           'denoising_error', 'report_columns', 'measure_denoiser', 'Cell', 'grid', 'Mark', 'Brief', 'pace', 'Choice']
 
 # %% ../nbs/08a_study.ipynb #b78672d7
 import itertools, json, math, os, time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -30,10 +30,11 @@ from .core import check_int, default_device, range_known, row_noise, to_bytes
 from .metrics import RuleReport, measure, rule_errors, rule_report
 from .sample import Shipped as Shipped, sample
 from .schedule import add_noise, noise_schedule, snr, solve
-from .store import StoreError, content_hash, load_tensors, save_tensors, sha256, write_atomic
-from .table import KEPT, RESULTS, Study, Work, about, arrays, find_study, provenance, register_study, results
+from .store import StoreError, check_file, check_folder, check_json, content_hash
+from .store import load_tensors, read_file, save_tensors, sha256, write_atomic
+from .table import KEPT, RESULTS, Study, Work, about, find_study, provenance, register_study, results
 from .tasks import get_task
-from .train import Run, claim, run_weights, train_steps
+from .train import OPTIMIZERS, Run, accelerator, check_set, claim, run_weights, train_steps
 from .unet import PRESETS, Recipe, RuleUNet, recipe, unet
 
 # %% ../nbs/08a_study.ipynb #69e6fe33
@@ -65,6 +66,19 @@ class Denoiser(NamedTuple):
         "The recipe; ValueError for an unknown task, palette, preset or field."
         try: return recipe(self.preset, get_task(self.task, palette=self.palette), **dict(self.changes))
         except TypeError as e: raise ValueError(f"{self.label}: {str(e).split('__() ')[-1]}") from e
+
+    def check(self,
+        device:torch.device, # to train on
+    ):
+        "Refuse what training, keeping or sampling would refuse later: ValueError, TypeError or FloatingPointError."
+        check_int(self.steps, 'steps', 1), check_int(self.seed, 'seed'), check_int(self.n, 'n')
+        for k in (*self.marks, self.at or self.steps): check_int(k, 'a mark', 1, self.steps)
+        r = self.recipe()
+        if r.optimizer not in OPTIMIZERS: raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {r.optimizer!r}")
+        accelerator(r.precision, device)
+        model = unet(self.preset, r.task, self.seed, **dict(self.changes))
+        check_set(model, r.task.sample(1, self.seed)[0])
+        sample(model.eval(), 1, min(2, r.T), 1., self.seed, precision='fp32')   # NaN where the schedule and the prediction do not fit
 
     def images(self)->Tensor: # (n,3,s,s)
         "The training set."
@@ -112,10 +126,13 @@ class Denoiser(NamedTuple):
 def content_mark(
     path:Path, # what `save_tensors` wrote, or shall write
 )->str:        # 12 hexadecimal digits; empty where there is no file
-    "The first digits of a stored file's own hash, without reading its tensors."
-    if not path.exists(): return ''
-    with open(path, 'rb') as f: head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-    return head['__metadata__']['sha256'][:12]
+    "The first digits of a stored file's own hash, without reading its tensors; StoreError for what is no such file."
+    if not os.path.lexists(path): return ''
+    if not path.is_file(): raise StoreError(f"{path} is no file: remove it")
+    try:
+        with open(path, 'rb') as f: head = json.loads(f.read(min(int.from_bytes(f.read(8), 'little'), 2**24)))
+        return head['__metadata__']['sha256'][:12]
+    except (OSError, ValueError, LookupError, TypeError) as e: raise StoreError(f"{path} is damaged: remove it to have it made again") from e
 
 def keep_weights(
     run:Path,  # folder of a run
@@ -138,8 +155,11 @@ def load_kept(
     kept, meta = load_tensors(path)
     wrong = [f'{k} {meta.get(k)}, expected {v}' for k, v in (want or {}).items() if meta.get(k) != v]
     if wrong: raise StoreError(f"{path} is of another training: it has {'; '.join(wrong)}")
-    net = make(meta['recipe'])
-    net.load_state_dict(kept)
+    try:
+        net = make(meta['recipe'])
+        net.load_state_dict(kept)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise StoreError(f"{path} does not fit its own recipe: {(str(e) or type(e).__name__).splitlines()[0]}") from e
     net.manifest = meta
     return net.to(device, memory_format=torch.channels_last).eval()
 
@@ -192,18 +212,19 @@ register_study(Study('ruler', 'what the ruler reads off known scenes; its hash n
 def ruler_mark()->str: # 12 hexadecimal digits
     "The hash of the ruler: the stored one if today's reads the same to a thousandth, else one of today's readings."
     now = pd.DataFrame([ruler_readings(r) for r in _rulers(False)])
-    try: then = results('ruler')
-    except ValueError: then = None
-    if then is not None and np.allclose(then[now.columns], now, rtol=1e-3, atol=1e-3, equal_nan=True):
-        return sha256(then[list(now.columns)].to_csv(index=False, float_format='%.6g').encode())[:12]
+    try:
+        then = results('ruler')[list(now.columns)]
+        if np.allclose(then, now, rtol=1e-3, atol=1e-3, equal_nan=True): return sha256(then.to_csv(index=False, float_format='%.6g').encode())[:12]
+    except (OSError, ValueError, LookupError, TypeError): pass   # no table, or a damaged one: today's readings stand for themselves
     return sha256(now.round(3).to_csv(index=False).encode())[:12]
 
 # %% ../nbs/08a_study.ipynb #157cc9f0
 def plain(
     v, # a value of a row: a number, text, or a tuple
+    name:str='a value', # what it is, for the message
 ):     # the same as JSON gives it back
-    "A value as a file holds it."
-    return json.loads(json.dumps(v))
+    "A value as a file holds it; TypeError or ValueError for what no file holds."
+    return json.loads(json.dumps(check_json(v, name)))
 
 def row_inputs(
     study:Study,    # whose row it is
@@ -212,7 +233,7 @@ def row_inputs(
     "The hash of all that a row rests on: study, version, the row itself, what it needs, and the ruler."
     needs = [f'{n.key}{getattr(n, "at", "") or ""}' for n in study.needs(row)]
     ruler = '' if study.name == 'ruler' else ruler_mark()
-    return content_hash({}, dict(study=study.name, version=study.version, row=plain(row._asdict()), needs=needs, ruler=ruler))[:16]
+    return content_hash({}, dict(study=study.name, version=study.version, row=plain(row._asdict(), 'the row'), needs=needs, ruler=ruler))[:16]
 
 def row_key(
     study:Study,    # whose row it is
@@ -221,7 +242,7 @@ def row_key(
     "A readable name that no other row of the study has."
     words = [str(v) for v in row if isinstance(v, str | int | float) and not isinstance(v, bool)]
     said = ''.join(c if c.isalnum() or c in '.-' else '_' for c in '-'.join(words))[:60]
-    return f"{said}-{content_hash({}, plain(row._asdict()))[:8]}"
+    return f"{said}-{content_hash({}, plain(row._asdict(), 'the row'))[:8]}"
 
 # %% ../nbs/08a_study.ipynb #42f789ef
 class Done(NamedTuple):
@@ -229,7 +250,7 @@ class Done(NamedTuple):
     row:NamedTuple   # of the plan; or what was trained for rows
     state:str        # "trained", "measured", "kept" (from an earlier run), "shipped" (it stands in the package), "failed", "late" (no time left)
     lines:list[dict] # of the table
-    error:str = ''   # what went wrong
+    error:str = ''   # what went wrong; of a row that was measured again: why the stored result could not be used
 
 class Where(NamedTuple):
     "Where and how a study runs; the same for all of its rows."
@@ -238,6 +259,16 @@ class Where(NamedTuple):
     device:str = ''     # such as "cuda"; empty: the fastest there is
     threads:int = 1     # of the CPU, per row
     until:float = math.inf # time.time() at which no row begins any more
+
+@contextmanager
+def _locked(
+    path:Path, # of a lock file
+)->Iterator[None]: # while it is held
+    "Let other processes wait; StoreError where the file system has no locks."
+    with ExitStack() as held:
+        try: held.enter_context(FileLock(path))
+        except (OSError, NotImplementedError) as e: raise StoreError(f"cannot lock {path}: {e}; choose a folder on another file system") from e
+        yield
 
 def _train_needs(
     needs:tuple, # of a row
@@ -248,7 +279,7 @@ def _train_needs(
     for need in needs:
         if need.weights(Path(where.trained)): continue
         Path(where.trained).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(where.trained)/f'.{need.key}.lock'), closing(need.train(Path(where.trained), device)) as steps:
+        with _locked(Path(where.trained)/f'.{need.key}.lock'), closing(need.train(Path(where.trained), device)) as steps:
             for _ in steps:
                 if os.getppid() != parent: raise RuntimeError("the process that asked for this has ended")   # a killed study stops
                 if time.time() > where.until: raise TimeoutError(f"the budget is spent; {need.key} resumes")
@@ -256,18 +287,20 @@ def _train_needs(
 def _numbers(
     line:dict, # what `measure` gave
 )->dict:       # plain numbers and text; NaN becomes None
-    "A line as JSON holds it."
-    def one(v):
+    "A line as JSON holds it; TypeError or ValueError names a column that it cannot."
+    def one(k, v):
+        if isinstance(v, Tensor) and v.numel() != 1: raise ValueError(f"column {k!r} has a tensor of shape {tuple(v.shape)}, wanted a number")
         if isinstance(v, Tensor | np.generic): v = v.item()
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-    return {k: one(v) for k, v in line.items()}
+        return None if isinstance(v, float) and not math.isfinite(v) else check_json(v, f'column {k!r}')
+    return {check_json(k, 'a column'): one(k, v) for k, v in line.items()}
 
 def _measure_row(
     study:Study, row:NamedTuple, where:Where, inputs:str, # what, where, and the hash of what it rests on
 )->dict:                                                  # what `result.json` says
     "Train, measure, and store."
-    device, start = torch.device(where.device or default_device()), time.time()
+    device, start, folder = torch.device(where.device or default_device()), time.time(), Path(where.out)/row_key(study, row)
     needs = study.needs(row)
+    for name in ('result.json', 'pictures.npz'): check_file(folder/name)
     _train_needs(needs, where)
     nets = tuple(n.load(Path(where.trained), device) for n in needs)
     begun = time.time()
@@ -275,9 +308,9 @@ def _measure_row(
     lines = [dict(v) for v in ([lines] if isinstance(lines, dict) else lines)]
     pictures = {k: v for line in lines for k, v in line.items() if isinstance(v, np.ndarray)}
     said = dict(study=study.name, inputs=inputs, weights='+'.join(n.weights(Path(where.trained)) for n in needs),
-                row=plain(row._asdict()), seconds=time.time() - begun, trained_seconds=begun - start, provenance=provenance(device),
+                row=plain(row._asdict()), pictures=sorted(pictures), provenance=provenance(device),
+                seconds=time.time() - begun, trained_seconds=begun - start,
                 lines=[_numbers({k: v for k, v in line.items() if not isinstance(v, np.ndarray)}) for line in lines])
-    folder = Path(where.out)/row_key(study, row)
     if pictures:
         np.savez_compressed(file := BytesIO(), **pictures)
         write_atomic(folder/'pictures.npz', file.getvalue())
@@ -314,13 +347,49 @@ def _ready(
         return Done(need, 'trained', [])
     return _guarded(need, where, work)
 
+_FORM = dict(inputs=str, row=dict, lines=list, provenance=dict, weights=str, seconds=int | float)   # of a `result.json`
+
+def _pictures(
+    path:Path, # an .npz file
+)->dict[str,np.ndarray]: # by name
+    "Read pictures; StoreError for a file that is missing or damaged."
+    blob = read_file(path)
+    try:
+        with np.load(BytesIO(blob), allow_pickle=False) as f: return {k: f[k] for k in f.files}
+    except Exception as e: raise StoreError(f"{path} is not a whole .npz file: {e}") from e   # zip, zlib, numpy and Python's own
+
+def _checked_row(
+    folder:Path, # of a row
+)->dict:         # what its `result.json` says
+    "Read a stored result; StoreError for one that is missing, damaged, of another form, or without its pictures."
+    path, blob = folder/'result.json', read_file(folder/'result.json')
+    try: said = json.loads(blob)
+    except (ValueError, RecursionError) as e: raise StoreError(f"{path} is {'not JSON' if blob.strip() else 'empty'}: {e}") from e
+    whole = isinstance(said, dict) and all(isinstance(said.get(k), v) for k, v in _FORM.items())
+    if not whole or not all(isinstance(v, dict) for v in said['lines']): raise StoreError(f"{path} is not of the form that a study writes")
+    names = said.get('pictures') or []
+    if names and set(names) != set(_pictures(folder/'pictures.npz')): raise StoreError(f"{folder/'pictures.npz'} does not hold {names}")
+    return said
+
 def _stored_row(
     folder:Path, # of a row
-)->dict|None:    # what its `result.json` says; None where there is none that can be read
-    "A stored result; one that is damaged or of another form counts as missing."
-    try: said = json.loads((folder/'result.json').read_text())
-    except (OSError, ValueError): return None
-    return said if isinstance(said, dict) and {'inputs', 'row', 'lines', 'provenance', 'weights', 'seconds'} <= set(said) else None
+)->dict|None:    # what its `result.json` says; None where there is none that can be used
+    "A stored result; one that is damaged or of another form counts as missing, and `damaged_rows` names it."
+    try: return _checked_row(folder)
+    except StoreError: return None
+
+def damaged_rows(
+    study:Study,               # a study
+    rows:Sequence[NamedTuple], # of its plan
+    where:Where,               # a run's folders
+)->dict[str,str]:              # by `row_key`: what is wrong with a result that stands there
+    "Name the stored results that cannot be used, which are measured again."
+    found = {}
+    for key in (row_key(study, r) for r in rows):
+        if not os.path.lexists(Path(where.out)/key/'result.json'): continue
+        try: _checked_row(Path(where.out)/key)
+        except StoreError as e: found[key] = str(e)
+    return found
 
 def _table_lines(
     said:dict, # what a `result.json` says
@@ -369,9 +438,15 @@ def _picture_files(
     found = {}
     for d in done:
         path = out/row_key(study, d.row)/'pictures.npz'
-        if path.exists():
-            with np.load(path, allow_pickle=False) as f: found |= {k: f[k] for k in f.files}
+        if d.state in ('kept', 'measured') and path.exists(): found |= _pictures(path)
     return found
+
+def _shipped_provenance(
+    study:Study, # one whose table may ship
+)->dict[str,dict]: # by its mark; empty where no table ships that can be read
+    "Where the lines of the package's table were measured."
+    try: return dict(about(study.name)['provenance'])
+    except (OSError, ValueError, LookupError, TypeError): return {}
 
 def write_run(
     study:Study,     # whose table it is
@@ -380,7 +455,7 @@ def write_run(
 ):
     "Write the table of a run."
     if not done: return
-    said = about(study.name)['provenance'] if (RESULTS/f'{study.name}.json').exists() else {}
+    said = _shipped_provenance(study)
     for d in done:
         if row := _stored_row(out/row_key(study, d.row)): said |= {provenance_mark(row['provenance']): row['provenance']}
     df = _csv([line for d in done for line in d.lines])
@@ -426,20 +501,23 @@ def _shipped_lines(
     study:Study, # one whose table may ship
 )->dict[str,list[dict]]: # by `inputs`
     "Lines of the package's table."
-    try: df = results(study.name)
-    except ValueError: return {}
-    return {k: v.to_dict('records') for k, v in df.groupby('inputs', sort=False)}
+    try: return {k: v.to_dict('records') for k, v in results(study.name).groupby('inputs', sort=False)}
+    except (OSError, ValueError, LookupError): return {}   # `rulediff doctor` names a table that is damaged
 
 def row_states(
     study:Study,              # a study
     rows:Sequence[NamedTuple], # of its plan
     where:Where|None=None,    # a run's folders; None: what ships alone
     shipped:bool=True,        # whether rows of the package's table count
-)->list[Done|None]:           # None: to be measured
+)->list[Done|None]:           # None: to be measured; "failed": weights that it needs are damaged
     "What is there already of each row."
     known = _shipped_lines(study) if shipped else {}
     def one(row):
+        try: return found(row)
+        except StoreError as e: return Done(row, 'failed', [], str(e))
+    def found(row):
         key, trained = row_inputs(study, row), Path(where.trained if where else '.')
+        for n in study.needs(row): n.weights(trained)   # a file that is damaged fails this row, and no other
         said = _stored_row(Path(where.out)/row_key(study, row)) if where else None
         if said and said['inputs'] == key and _same_weights(study, row, said['weights'], trained):
             return Done(row, 'kept', _table_lines(said))
@@ -497,6 +575,30 @@ def chosen(
         raise ValueError(f"no row fits {' '.join(only)}; the first is {fields}")
     return found
 
+def _check_run(
+    study:Study, rows:list[NamedTuple], where:Where, # what is missing
+):
+    "Refuse before any work what would be refused after it: places, and trainings that cannot be."
+    for end in ('csv', 'json', 'npz'): check_file(Path(where.out)/f'{study.name}.{end}')
+    needs = {n.key: n for r in rows for n in study.needs(r) if not n.weights(Path(where.trained))}
+    if needs: check_folder(where.trained)
+    for n in needs.values():
+        if hasattr(n, 'check'): n.check(torch.device(where.device))
+
+def _measured(
+    study:Study, rows:list[NamedTuple], todo:list[NamedTuple], done:dict[str,Done], # the plan, what is missing of it, what is there
+    where:Where, work:Iterator[Done], # the run
+)->Iterator[Done]:                    # rows and trainings as they are finished
+    "Renew the table after each row."
+    out, damaged = Path(where.out), damaged_rows(study, todo, where)
+    for d in work:
+        key = row_key(study, d.row) if d.state == 'measured' else ''
+        if key:
+            done[key] = d = d._replace(error=damaged.get(key, ''))
+            write_run(study, out, [done[k] for r in rows if (k := row_key(study, r)) in done])
+        yield d
+    if not todo: write_run(study, out, list(done.values()))
+
 def run_study(
     study:Study|str,     # a study, or its name
     out:str|Path='',     # folder of its rows and table; empty: runs/NAME, or runs/NAME-quick
@@ -517,19 +619,17 @@ def run_study(
     where = Where(str(out), str(trained or out.parent/'trained'), str(torch.device(device or default_device())), check_int(threads, 'threads', 1),
                   time.time() + budget)
     check_int(workers, 'workers', 1)
+    if not budget >= 0: raise ValueError(f"budget must be 0 or more seconds, got {budget}")
     rows = chosen(study.plan(quick), only)
+    if not rows: raise ValueError(f"{study.name} has no rows: nothing is to be measured")
     lock = claim(out)
     try:
         there = row_states(study, rows, where, shipped and not quick)
-        done = {row_key(study, r): d for r, d in zip(rows, there) if d}
-        yield from done.values()
         todo = [r for r, d in zip(rows, there) if not d]
-        for d in _work(study, todo, where, workers, engine, address):
-            if d.state == 'measured':
-                done[row_key(study, d.row)] = d
-                write_run(study, out, [done[k] for r in rows if (k := row_key(study, r)) in done])
-            yield d
-        if not todo: write_run(study, out, list(done.values()))
+        _check_run(study, todo, where)
+        yield from (d for d in there if d)
+        done = {row_key(study, r): d for r, d in zip(rows, there) if d and d.state != 'failed'}
+        yield from _measured(study, rows, todo, done, where, _work(study, todo, where, workers, engine, address))
     finally: lock.release()
 
 # %% ../nbs/08a_study.ipynb #ca0c38f5
@@ -545,7 +645,7 @@ def ship(
     if not set(df.inputs) <= good: raise ValueError(f"{out} holds lines that are not of today's plan of {study.name}, or a quick form")
     lost = set(results(study.name, folder).inputs) & good - set(df.inputs) if (Path(folder)/f'{study.name}.csv').exists() else set()
     if lost: raise ValueError(f"{out} lacks {len(lost)} rows that ship already: run the whole study")
-    pictures = arrays(study.name, out) if (out/f'{study.name}.npz').exists() else None
+    pictures = _pictures(out/f'{study.name}.npz') if (out/f'{study.name}.npz').exists() else None
     write_table(study, df, about(study.name, out)['provenance'], folder, pictures)
     return df
 
@@ -633,7 +733,11 @@ def grid(
     "Every combination as a study; ValueError or TypeError for one that cannot be, before any work is done."
     rows = [Cell(t, p, r, tuple(c.items()), check_int(k, 'steps', 1), check_int(s, 'seed'), check_int(n, 'n'), check_int(images, 'images', 1))
             for s, k, c, r, p, t in itertools.product(seeds, steps, changes, presets, palettes, tasks)]
-    for r in rows: r.denoiser().recipe()
+    for k, v in dict(tasks=tasks, palettes=palettes, presets=presets, changes=changes, steps=steps, seeds=seeds).items():
+        if not len(v): raise ValueError(f"{k} must hold at least one, got none")
+    for r in rows:
+        T = r.denoiser().recipe().T
+        if T < r.nfe: raise ValueError(f"T must be at least {r.nfe}, which the report takes, got {T}")
     return Study('grid', 'tasks x recipes x seeds', lambda quick: rows, _measure_cell, _cell_needs,
                  keys=('task', 'palette', 'label', 'steps'), shown=('rule_gap', 'readable', 'coarse', 'error_px', 'mse_100'), public=False)
 

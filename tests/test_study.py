@@ -1,13 +1,16 @@
 "A study trains once, measures once, survives a kill, and measures again what rests on something else; on processes or on a cluster."
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -124,13 +127,170 @@ def test_a_failing_row_is_named_and_the_others_go_on(tmp_path):
     assert states(TOY, tmp_path) == ["kept"]*2 + ["measured"]*2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"task": "two_circles", "images": 16}', "\0"*40])
-def test_a_damaged_result_is_measured_again(text, tmp_path):
+def stored(folder): return folder/row_key(TOY, Toss("fair", 0))/"result.json"
+
+
+def part(blob, **change): return json.dumps(json.loads(blob) | change).encode()
+
+
+DAMAGE = {"empty": (lambda b: b"", "is empty"), "blank": (lambda b: b" \n", "is empty"), "brace": (lambda b: b"{", "is not JSON"),
+          "list": (lambda b: b"[]", "not of the form"), "other": (lambda b: b'{"task": "two_circles", "images": 16}', "not of the form"),
+          "zeros": (lambda b: bytes(40), "is not JSON"), "cut": (lambda b: b[:len(b)//2], "is not JSON"),
+          "text": (lambda b: b"\xff\xfe{", "is not JSON"),
+          "deep": (lambda b: b"["*100_000, "is not JSON"), "row": (lambda b: part(b, row=[1]), "form"),
+          "lines": (lambda b: part(b, lines=[3]), "form"),
+          "weights": (lambda b: part(b, weights=None), "form"), "seconds": (lambda b: part(b, seconds="long"), "form")}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_result_is_named_and_measured_again(how, tmp_path):
     states(TOY, tmp_path)
-    file = tmp_path/row_key(TOY, Toss("fair", 0))/"result.json"
-    file.write_text(text)
-    assert sorted(states(TOY, tmp_path)) == ["kept"]*3 + ["measured"]
-    assert json.loads(file.read_text())["lines"] == [dict(share=.5)]
+    file, (harm, word) = stored(tmp_path), DAMAGE[how]
+    file.write_bytes(harm(file.read_bytes()))
+    done = list(run_study(TOY, tmp_path, workers=1))
+    assert sorted(d.state for d in done) == ["kept"]*3 + ["measured"]
+    said, = [d.error for d in done if d.error]
+    assert str(file) in said and word in said and json.loads(file.read_text())["lines"] == [dict(share=.5)]
+    assert len(results("toy", tmp_path)) == 4 and states(TOY, tmp_path) == ["kept"]*4
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to(p.name), lambda p: p.symlink_to("/dev/zero")])
+def test_a_result_that_is_no_file_is_named_and_the_others_are_measured(make, tmp_path):
+    states(TOY, tmp_path)
+    stored(tmp_path).unlink(), make(stored(tmp_path))
+    done = [d for d in run_study(dataclasses.replace(TOY, version=2), tmp_path, workers=1)]
+    assert sorted(d.state for d in done) == ["failed"] + ["measured"]*3 and len(results("toy", tmp_path)) == 3
+    assert str(stored(tmp_path)) in [d for d in done if d.state == "failed"][0].error
+
+
+def test_a_result_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    states(TOY, tmp_path)
+    plain = Path.read_bytes
+
+    def refuse(self):
+        if self == stored(tmp_path): raise PermissionError(13, "Permission denied")
+        return plain(self)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    rows = tosses(False)
+    assert module.damaged_rows(TOY, rows, module.Where(str(tmp_path), "t")) == {
+        row_key(TOY, rows[0]): f"cannot read {stored(tmp_path)}: Permission denied"}
+
+
+@pytest.mark.parametrize("harm", [lambda p: p.unlink(), lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:-30]),
+                                  lambda p: np.savez(p, other=np.zeros(3))])
+def test_a_row_whose_pictures_are_damaged_is_measured_again(harm, tmp_path):
+    def many(row, work): return {"share": 1., f"{row.coin}-{row.seed}": np.full((1, 2, 2, 3), 7, np.uint8)}
+    study = dataclasses.replace(TOY, measure=many)
+    states(study, tmp_path)
+    harm(stored(tmp_path).parent/"pictures.npz")
+    done = list(run_study(study, tmp_path, workers=1))
+    assert sorted(d.state for d in done) == ["kept"]*3 + ["measured"] and "pictures.npz" in [d.error for d in done if d.error][0]
+    assert sorted(arrays("toy", tmp_path)) == ["bent-0", "bent-1", "fair-0", "fair-1"]
+
+
+class Odd(NamedTuple):
+    value: object
+
+
+@pytest.mark.parametrize("value", [np.int64(3), np.float32(1), torch.ones(1), math.nan, math.inf, {1: 2}, Path("x"), (1, np.bool_(True))])
+def test_a_row_that_no_file_can_hold_is_refused_before_any_work(value, tmp_path):
+    study = Study("odd", "", lambda quick: [Odd(3), Odd(value)], lambda row, work: pytest.fail("worked"))
+    with pytest.raises((TypeError, ValueError), match=r"the row\.value"): states(study, tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), Path("x"), [np.int64(1)], dict(a=math.nan), {3}])
+def test_a_column_that_no_file_can_hold_is_named(value, tmp_path):
+    def odd(row, work): return dict(share=value if row == Toss("bent", 1) else .5)
+    done = list(run_study(dataclasses.replace(TOY, measure=odd), tmp_path, workers=1))
+    assert [d.state for d in done] == ["measured"]*3 + ["failed"] and "column 'share'" in done[-1].error
+
+
+class Need(NamedTuple):
+    "Something trained that is damaged."
+    key: str
+    def weights(self, folder): return module.content_mark(Path(folder)/self.key)
+
+
+@pytest.mark.parametrize("blob", [b"", b"x"*50, b"\xff"*64, (40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{}",
+                                  (2).to_bytes(8, "little") + b"[]", None])
+def test_damaged_weights_fail_the_rows_that_need_them_alone(blob, tmp_path):
+    (tmp_path/"trained").mkdir()
+    if blob is None: os.mkfifo(tmp_path/"trained"/"bad")
+    else: (tmp_path/"trained"/"bad").write_bytes(blob)
+    study = dataclasses.replace(TOY, needs=lambda row: (Need("bad"),) if row == Toss("bent", 0) else ())
+    done = list(run_study(study, tmp_path/"s", workers=1))
+    assert sorted(d.state for d in done) == ["failed"] + ["measured"]*3 and len(results("toy", tmp_path/"s")) == 3
+    assert str(tmp_path/"trained"/"bad") in [d for d in done if d.state == "failed"][0].error
+
+
+def test_a_shipped_table_that_is_damaged_stops_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ruler_mark", lambda: "r")
+    for error in (OSError("no disk"), ValueError("no table"), KeyError("inputs")):
+        for name in ("results", "about"): monkeypatch.setattr(module, name, Mock(side_effect=error))
+        assert states(TOY, tmp_path/type(error).__name__) == ["measured"]*4
+
+
+# ---- refused before any work
+
+@pytest.mark.parametrize("end", ["csv", "json", "npz"])
+def test_a_table_that_cannot_be_written_is_refused_before_any_work(end, tmp_path):
+    (tmp_path/f"toy.{end}").mkdir()
+    with pytest.raises(StoreError, match=f"toy.{end}: it is a folder"):
+        states(dataclasses.replace(TOY, measure=lambda row, work: pytest.fail("worked")), tmp_path)
+
+
+def test_a_folder_of_trainings_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    (tmp_path/"trained").write_text("")
+    with pytest.raises(StoreError, match="cannot write to .*trained"): states(plan(), tmp_path/"g")
+
+
+@pytest.mark.parametrize("change,word", [
+    (dict(optimizer="magic"), "magic"), (dict(precision="fp16"), "fp16 does not train on a CPU"), (dict(classes=3), "with labels"),
+    (dict(conditions=2), "with labels"), (dict(betas="zero_snr", prediction="epsilon", sigma_data=0.), ""), (dict(attention=(False,)), "")])
+def test_a_training_that_cannot_be_is_refused_before_any_work(change, word, tmp_path):
+    "Among others that can be: none of them begins."
+    study = grid(["two_squares"], changes=[TINY, TINY | change], steps=[2], n=16, images=16)
+    with pytest.raises((ValueError, TypeError, FloatingPointError, RuntimeError), match=word): states(study, tmp_path/"g")
+    assert not list((tmp_path/"trained").glob("*/*"))
+
+
+@pytest.mark.parametrize("need,word", [(dict(marks=(5,)), "a mark must be"), (dict(at=9), "a mark must be"), (dict(steps=0), "steps must be"),
+                                       (dict(seed=-1), "seed must be"), (dict(n=-1), "n must be")])
+def test_a_mark_beyond_the_run_is_refused(need, word):
+    with pytest.raises(ValueError, match=word): Denoiser("two_squares", changes=tuple(TINY.items()), **dict(steps=4) | need).check(CPU)
+    Denoiser("two_squares", changes=tuple(TINY.items()), steps=4, marks=(2, 4), at=2).check(CPU)
+
+
+@pytest.mark.parametrize("name", ["tasks", "palettes", "presets", "changes", "steps", "seeds"])
+def test_a_grid_of_nothing_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must hold at least one, got none"): grid(**dict(tasks=["two_squares"]) | {name: []})
+    with pytest.raises(ValueError, match="toy has no rows"): states(dataclasses.replace(TOY, plan=lambda quick: []), tmp_path/"r")
+    assert not (tmp_path/"r").exists()
+
+
+def test_a_report_that_takes_more_evaluations_than_there_are_timesteps():
+    with pytest.raises(ValueError, match="T must be at least 50, which the report takes, got 10"): grid(["two_squares"], changes=[TINY, dict(T=10)])
+
+
+@pytest.mark.parametrize("budget", [math.nan, -1.])
+def test_a_budget_that_is_none(budget, tmp_path):
+    with pytest.raises(ValueError, match="budget must be"): states(TOY, tmp_path, budget=budget)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*args): raise OSError(95, "Operation not supported")
+    monkeypatch.setattr("rulediff_nb.study.FileLock.acquire", refuse)
+    with pytest.raises(StoreError, match="cannot lock .*x.lock.*not supported.*another file system"):
+        with module._locked(tmp_path/"x.lock"): pytest.fail("went in")
+
+
+def test_two_at_once_in_one_folder_are_one_run_or_a_sentence(tmp_path):
+    def one(k):
+        try: return states(TOY, tmp_path)
+        except StoreError as e: return str(e)
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(one, range(4)))
+    assert any(isinstance(v, list) for v in found) and all("another run is at work" in v for v in found if isinstance(v, str))
+    assert states(TOY, tmp_path) == ["kept"]*4
 
 
 def test_several_lines_and_pictures_of_a_row(tmp_path):
