@@ -58,12 +58,13 @@ def write_atomic(
     return path
 
 def _kind(
-    path:str|Path, # anything
-)->str:            # such as "a folder"; empty where nothing stands; StoreError where it cannot be looked at
+    path:str|Path,   # anything
+    verb:str='read', # what is to be done with it, for the message
+)->str:              # such as "a folder"; empty where nothing stands; StoreError where it cannot be looked at
     "What stands at a place."
     try: mode = os.stat(path).st_mode
-    except FileNotFoundError: return ''
-    except OSError as e: raise StoreError(f"cannot look at {path}: {e.strerror or e}") from e
+    except (FileNotFoundError, NotADirectoryError): return ''
+    except OSError as e: raise StoreError(f"cannot {verb} {path}: {e.strerror or e}") from e
     return 'a file' if stat.S_ISREG(mode) else 'a folder' if stat.S_ISDIR(mode) else 'a pipe, a socket or a device'
 
 def read_file(
@@ -85,11 +86,13 @@ def check_folder(
 def check_file(
     path:str|Path, # where a result shall stand
 )->Path:           # the same
-    "Make sure of a file that can be written, before any work is done; StoreError where it cannot, or is write-protected."
-    kind = _kind(path)
+    "Make sure of a file that can be written, before any work is done and making nothing; StoreError where it cannot, or is write-protected."
+    kind = _kind(path, 'write')
     if kind not in ('', 'a file'): raise StoreError(f"cannot write {path}: it is {kind}, wanted a file")
     if kind and not os.access(path, os.W_OK): raise StoreError(f"cannot write {path}: it is write-protected")
-    check_folder(Path(path).parent)
+    near = Path(os.path.realpath(path)).parent
+    while not os.path.lexists(near): near = near.parent
+    check_folder(near)
     return Path(path)
 
 def sha256(

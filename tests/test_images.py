@@ -5,7 +5,9 @@ import io
 import math
 import os
 import re
+import socket
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from commands import RULEDIFF, fails, run, shell
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from rulediff_nb import cli, images
 from rulediff_nb.core import from_bytes, to_bytes
 from rulediff_nb.features import REASONS
-from rulediff_nb.images import NOTES, SCHEMA, Fit, fits, load_images, read_images, refused, suggestion
+from rulediff_nb.images import NOTES, SCHEMA, Fit, fits, load_images, read_images, refused, shown, suggestion
 from rulediff_nb.metrics import ROWS
+from rulediff_nb.sample import load_pretrained, sample
 from rulediff_nb.tasks import TASKS, get_task
 
 REPORT = "report", "--task", "two_squares", "--images"   # then the images
@@ -100,6 +103,13 @@ def deep_png(path, colours=3):
 def blank(*size, mode="RGB"): return Image.new(mode, size)
 
 
+def bound(path):
+    "A socket, which leaves its name behind."
+    with socket.socket(socket.AF_UNIX) as s:
+        try: s.bind(str(path))
+        except OSError: os.mkfifo(path)   # the path is too long for a socket
+
+
 BAD = {  # what stands in the file, its name, a word of the reason
     "grey": (ONE.convert("L").save, "z.png", "greyscale (mode L): the ruler tells objects apart by their colours"),
     "grey alpha": (ONE.convert("LA").save, "z.png", "greyscale (mode LA)"), "bits": (ONE.convert("1").save, "z.png", "greyscale (mode 1)"),
@@ -121,6 +131,11 @@ BAD = {  # what stands in the file, its name, a word of the reason
     "text": (lambda p: p.write_text("hello"), "z.webp", "is not an image"),
     "cut": (lambda p: (ONE.save(p), p.write_bytes(p.read_bytes()[:90])), "z.png", "is not a whole image"),
     "cut jpeg": (lambda p: (ONE.save(p), p.write_bytes(p.read_bytes()[:-300])), "z.jpg", "is not a whole image"),
+    "eps": (lambda p: ONE.save(p, format="eps"), "z.png", "is a file of the format EPS, wanted PNG"),
+    "dds": (lambda p: see_through(ONE, 255).save(p, format="dds", pixel_format="DXT5"), "z.png", "of the format DDS"),
+    "loop": (lambda p: p.symlink_to(p.name), "z.png", "is not a whole image: Too many levels"),
+    "folder": (lambda p: p.mkdir(), "z.png", "is a folder"), "link to a folder": (lambda p: p.symlink_to("/usr"), "z.png", "is a folder"),
+    "socket": (bound, "z.png", "is no regular file"), "unknown": (lambda p: p.write_bytes(b"\0\0\0\x18ftypxxxx"), "z.heic", "is not an image"),
     "link": (lambda p: p.symlink_to("nowhere.png"), "z.png", "is not a whole image: No such file")}
 
 
@@ -184,7 +199,9 @@ def webp(path, **how): Image.fromarray(PIXELS[0]).save(path, format="webp", **ho
 
 @pytest.mark.parametrize("said,name,make", [
     ("JPEG", "0.jpg", ONE.save), ("JPEG", "0.png", lambda p: ONE.save(p, format="jpeg")),
-    ("JPEG", "0.tif", lambda p: ONE.save(p, compression="jpeg")), ("lossy WebP", "0.webp", webp),
+    ("JPEG", "0.tif", lambda p: ONE.save(p, compression="jpeg")), ("lossy WebP", "0.webp", webp), ("JPEG", "0.jfif", ONE.save),
+    ("JPEG", "0.jpg", lambda p: ONE.save(p, format="mpo")), ("AVIF", "0.avif", ONE.save), ("AVIF", "0.png", lambda p: ONE.save(p, format="avif")),
+    ("JPEG 2000", "0.jp2", lambda p: ONE.save(p, irreversible=True)), ("", "0.jp2", ONE.save),
     ("lossy WebP", "0.webp", functools.partial(webp, icc_profile=bytes(129))),
     ("lossy WebP", "0.webp", lambda p: see_through(ONE, 128).save(p, format="webp")),
     ("", "0.webp", functools.partial(webp, lossless=True)), ("", "0.tif", ONE.save), ("", "0.bmp", ONE.save),
@@ -193,7 +210,7 @@ def test_compression_that_moves_edges_is_noted(said, name, make, pngs, capsys):
     (pngs/"0.png").unlink()
     make(pngs/name)
     found = [n for n in read_images(pngs).notes if "compression" in n]
-    assert found == ([f"1 of 8 images is {said}: {NOTES['jpeg' if said == 'JPEG' else 'webp'].split(': ')[1]}"] if said else [])
+    assert found == ([f"1 of 8 images is {said}: {NOTES['jpeg'].split(': ')[1]}"] if said else [])
     err = run(capsys, *REPORT, pngs)[2]
     assert ("compression moves edges" in err) == bool(said)
 
@@ -201,6 +218,134 @@ def test_compression_that_moves_edges_is_noted(said, name, make, pngs, capsys):
 def test_jpegs_are_counted(pngs):
     for i in range(3): Image.open(pngs/f"{i}.png").save(pngs/f"{i}.jpg"), (pngs/f"{i}.png").unlink()
     assert read_images(pngs).notes[0].startswith("3 of 8 images are JPEG: its compression moves edges")
+
+
+def as_file(how, path):
+    "Real images after something that moved their edges; the file's ending is the way's."
+    for i, p in enumerate(PIXELS): how(Image.fromarray(p), path/f"{i}.png")
+    return read_images(path)
+
+
+def larger(side, by): return lambda im, p: im.resize((side, side), by).save(p)
+
+
+NEAREST, SOFT = Image.Resampling.NEAREST, (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+
+
+@pytest.mark.parametrize("side", [40, 48, 64, 96])
+def test_images_that_were_made_larger_are_noted(side, tmp_path):
+    for by in (NEAREST, *SOFT) if side > 40 else (NEAREST,):   # a quarter larger is too little to see by softness
+        found = as_file(larger(side, by), tmp_path)
+        said = [v for v in found.notes if "size in which they were drawn" in v]
+        assert len(said) == 1 and int(said[0].split()[0]) >= (8 if by == NEAREST else 5), (by, found.notes)
+
+
+@pytest.mark.parametrize("how", [
+    Image.Image.save, lambda im, p: im.save(p, format="webp", lossless=True), lambda im, p: im.save(p, format="gif"),
+    lambda im, p: im.quantize(256).save(p), lambda im, p: im.save(p, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    lambda im, p: im.resize((16, 16), Image.Resampling.BOX).save(p)])
+def test_what_keeps_the_pixels_brings_no_note(how, tmp_path): assert as_file(how, tmp_path).notes == []
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("size,n", [(16, 40), (32, 60), (64, 8), (256, 2)])
+def test_real_images_bring_no_note(name, size, n, tmp_path):
+    for palette in ("fixed", "random"):
+        np.savez(tmp_path/"x.npz", to_bytes(get_task(name, palette=palette, size=size).sample(n, 1)[0]))
+        assert read_images(tmp_path/"x.npz").notes == []
+
+
+def test_what_a_model_draws_brings_no_note(tmp_path):
+    np.savez(tmp_path/"x.npz", to_bytes(sample(load_pretrained("two_circles"), 16, 8, 1., 3)))
+    assert read_images(tmp_path/"x.npz").notes == []
+
+
+@pytest.mark.parametrize("how", [lambda im, p: im.convert("P").save(p), lambda im, p: im.quantize(16).save(p),
+                                 lambda im, p: im.convert("P").save(p, format="gif")])
+def test_a_palette_that_replaced_colours_is_noted(how, tmp_path):
+    assert [v.split(":")[0] for v in as_file(how, tmp_path).notes] == ["8 of 8 images are limited to a palette that may have replaced colours"]
+
+
+def with_gamma(im, p, value=.8):
+    "A PNG that says its gamma; Pillow writes none."
+    im.save(p)
+    blob, data = p.read_bytes(), b"gAMA" + struct.pack(">I", round(value*1e5))
+    p.write_bytes(blob[:33] + struct.pack(">I", 4) + data + struct.pack(">I", zlib.crc32(data)) + blob[33:])
+
+
+LINEAR = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+@pytest.mark.parametrize("how,word", [
+    (with_gamma, "with a gamma other"), (functools.partial(with_gamma, value=.45455), ""),
+    (lambda im, p: im.save(p, icc_profile=LINEAR), "with a colour profile"),
+    (lambda im, p: im.save(p, format="tiff", icc_profile=LINEAR), "profile")])
+def test_colours_that_are_not_the_pixels_are_noted(how, word, tmp_path):
+    found = as_file(how, tmp_path)
+    assert len(found.notes) == bool(word) and all(word in v for v in found.notes) and torch.equal(found.x, from_bytes(PIXELS))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp"])
+def test_an_orientation_tag_is_followed_and_noted(kind, pngs):
+    tag = Image.Exif()
+    tag[274] = 6   # a quarter turn
+    more = dict(webp=dict(lossless=True), jpeg=dict(quality=100)).get(kind, {})
+    ONE.rotate(90).save(pngs/"0.png", format=kind, exif=tag, **more)
+    found = read_images(pngs)
+    assert "1 of 8 images is turned as their orientation tag says, which viewers do too" in found.notes
+    assert (found.x[0] - from_bytes(PIXELS)[0]).abs().mean() < (.05 if kind == "jpeg" else 1e-6)
+
+
+def test_pale_files_are_measured(tmp_path, capsys):
+    "For a file of 8 bits the range is known: nothing looks like 0..1 to it."
+    pale = to_bytes(TASKS["two_squares"].sample(12, 0)[0]*.3 + .65)
+    assert pale.min() > 150
+    np.savez(tmp_path/"x.npz", pale), (tmp_path/"png").mkdir()
+    for i, p in enumerate(pale): Image.fromarray(p).save(tmp_path/"png"/f"{i}.png")
+    for where in ("x.npz", "png"):
+        with warnings.catch_warnings(action="error"): status, out, err = run(capsys, *REPORT, tmp_path/where)
+        assert status == 0 and "12 images" in out and "[-1,1]" not in out + err
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack"), KeyError("x"), IndexError(), MemoryError(), RuntimeError("decoder"),
+                                   RecursionError("deep"), AssertionError(), NotImplementedError("mode")])
+def test_whatever_a_decoder_raises_is_named(error, pngs, monkeypatch):
+    plain = Image.open
+
+    def broken(path):
+        if Path(path).name == "3.png": raise error
+        return plain(path)
+    monkeypatch.setattr(images.Image, "open", broken)
+    (name, why), = read_images(pngs).problems
+    assert name == "3.png" and why == f"is not a whole image: {str(error) or type(error).__name__}"
+
+
+@pytest.mark.parametrize("text,shape", [("0 images of 32 pixels, 8 in a row", None), ("4 images of 32 pixels, 0 in a row", None),
+                                        ("4 images of 8 pixels, 4 in a row", (35, 8)), ("nonsense", None), (None, None)])
+def test_a_picture_that_is_no_grid_is_named(text, shape, tmp_path, capsys):
+    said = PngImagePlugin.PngInfo()
+    if text is not None: said.add_text("rulediff_nb", text)
+    blank(*shape or (32, 32)).save(tmp_path/"g.png", pnginfo=said)
+    assert "g.png" in fails(capsys, *REPORT, tmp_path/"g.png")
+    with pytest.raises(ValueError, match="g.png"): read_images(tmp_path/"g.png")
+    (tmp_path/"g.png").write_bytes((tmp_path/"g.png").read_bytes()[:60])
+    assert "g.png" in fails(capsys, *REPORT, tmp_path/"g.png")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_named(pngs, monkeypatch):
+    def refuse(self): raise PermissionError(13, "Permission denied", str(self))
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ValueError, match="png cannot be read: Permission denied"): read_images(pngs)
+
+
+def test_a_name_takes_one_line(pngs, tmp_path, capsys):
+    name = "a\n`b\x1b[31m.png"
+    ONE.convert("L").save(pngs/name)
+    status, out, err = run(capsys, *REPORT, pngs, "--out", tmp_path/"r.md", "--per-image", tmp_path/"i.csv")
+    assert status == 0 and err.splitlines()[-1].startswith("rulediff report: a\\n`b\\x1b[31m.png is greyscale") and len(err.splitlines()) == 1
+    assert (tmp_path/"r.md").read_text().splitlines()[-1].startswith("- `a\\n`b\\x1b[31m.png` is greyscale")
+    assert [r["file"] for r in csv.DictReader((tmp_path/"i.csv").open(newline=""))][-1] == name
+    assert shown("z\u00fc 1.png") == "z\u00fc 1.png" and shown(os.fsdecode(b"\xff")) == "\\udcff"
 
 
 # ---------------------------------------------------------------- images of another task
@@ -286,8 +431,8 @@ def test_a_picture_that_would_fill_the_memory_is_not_decoded(pngs):
 
 
 def test_hidden_files_folders_and_other_files_are_left_alone(pngs):
-    (pngs/"inner.png").mkdir()
-    for p in (pngs/"inner.png"/"a.png", pngs/".hidden.png", pngs/"._0.png"): blank(8, 8).save(p)
+    (pngs/"inner").mkdir()
+    for p in (pngs/"inner"/"a.png", pngs/".hidden.png", pngs/"._0.png"): blank(8, 8).save(p)
     for name in ("notes.txt", "Thumbs.db", "png"): (pngs/name).write_text("no image")
     blank(32, 32).save(pngs/"UPPER.PNG")
     found = read_images(pngs)
@@ -382,7 +527,10 @@ def test_an_array_with_alpha(tmp_path):
         assert torch.equal(found.x[5:], from_bytes(PIXELS[5:])) and found.names[7] == "x.npz[7]"
 
 
-@pytest.mark.parametrize("blob", [b"", b"x"*100, b"PK\3\4" + b"x"*100, None])
+def npy(): np.save(f := io.BytesIO(), PIXELS); return f.getvalue()
+
+
+@pytest.mark.parametrize("blob", [b"", b"x"*100, b"PK\3\4" + b"x"*100, None, npy()])
 def test_a_damaged_npz_is_named(blob, tmp_path, capsys):
     np.savez(tmp_path/"x.npz", PIXELS)
     (tmp_path/"x.npz").write_bytes((tmp_path/"x.npz").read_bytes()[:-50] if blob is None else blob)
