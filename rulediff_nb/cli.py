@@ -270,7 +270,7 @@ def _panel(
     sides = (readable_sides(m) for m in (measured(task, drawn.report.features), real_images(task, row.n).floor))
     return Panel(f'{row.task} {row.palette}', drawn.x, *sides)
 
-DEMO_FILES = 'demo.csv', 'demo.txt', 'demo.png'
+DEMO_FILES = 'demo.png', 'demo.txt', 'demo.csv'
 
 def save_demo(
     folder:Path,        # where to
@@ -354,7 +354,7 @@ def demo(
         lines, panels, said = lines + new, [*panels, _panel(row, drawn[0])], said + [line_text(v) for v in new]
     took = f'{time.perf_counter() - start:.0f} s on {platform.machine()}, {where}, {torch.get_num_threads()} threads'
     why = save_demo(folder, '\n'.join([*said, '', took]), lines, panels)
-    print(f"\n{took}; written: {', '.join(str(folder/k) for k in DEMO_FILES[:2 if why else 3])}", flush=True)
+    print(f"\n{took}; written: {', '.join(str(folder/k) for k in DEMO_FILES[bool(why):])}", flush=True)
     if why: print(f'rulediff demo: {why}', file=sys.stderr)
     if bad: raise ValueError(f"{len(bad)} of {len(bad) + len(rows)} models cannot be used, see above")
 
@@ -380,7 +380,9 @@ def check_pictures(
     "Make sure of the place for images, before any work; ValueError or StoreError for one that cannot be written, or holds anything else."
     path = Path(out)
     if path.suffix.lower() not in ('', '.png', '.npz'): raise ValueError(f"--out must end in .png or .npz, or name a folder, got {out!r}")
-    if path.suffix and not path.is_dir(): return check_file(path)
+    if path.suffix and not path.is_dir():
+        check_file(path)
+        return
     if path.is_dir() and Path.cwd().is_relative_to(path.resolve()):
         raise ValueError(f"--out must name a folder of its own, got {out!r}, which this command runs in")
     names = {f'{i:0{max(4, len(str(n - 1)))}d}.png' for i in range(n)}
@@ -768,7 +770,9 @@ def write_report(
     found:Images,    # where it came from
     notes:list[str], # what is to be known of it
     task:Task,       # that it was measured as
-    csv:str, md:str, per_image:str, # where to; empty: nowhere
+    csv:str,         # where a table goes; empty: nowhere
+    md:str,          # where Markdown goes; empty: nowhere
+    per_image:str,   # where a row per image goes; empty: nowhere
 ):
     "Write a report's files."
     if csv: write_atomic(csv, _csv(report_table(r)))

@@ -221,7 +221,7 @@ def test_a_demo_without_its_figure_keeps_its_table(weights, tmp_path, capsys, mo
     status, out, err = run(capsys, *args)
     assert status == 0 and sorted(p.name for p in (tmp_path/"d").iterdir()) == ["demo.csv", "demo.txt"]   # no figure of another run beside them
     assert err == f"rulediff demo: {tmp_path/'d'/'demo.png'} cannot be drawn: RuntimeError: latex could not be found\n"
-    assert out.rstrip().endswith(f"written: {tmp_path/'d'/'demo.csv'}, {tmp_path/'d'/'demo.txt'}")
+    assert out.rstrip().endswith(f"written: {tmp_path/'d'/'demo.txt'}, {tmp_path/'d'/'demo.csv'}")
 
 
 # ---------------------------------------------------------------- disks, memory, workers
