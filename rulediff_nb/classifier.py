@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import rulediff_nb
-from .core import check_images, check_int, row_generator, row_noise, row_uniform
+from .core import check_images, check_int, in_own_settings, own_settings, row_generator, row_noise, row_uniform
 from .metrics import share_interval
 from .schedule import add_noise, amplitudes, snr
 from .store import content_hash, load_manifest, load_network, save_release
@@ -37,7 +37,7 @@ from .study import content_mark, keep_weights, load_kept, plain
 from .table import Study, Work, register_study
 from .tasks import Task, get_task
 from .train import Batch, Run, Step, attention_for, fit, train_steps
-from .unet import Recipe
+from .unet import Recipe, entrance
 
 # %% ../nbs/12_classifier.ipynb #20ff0faa
 CLASSES = ('down', None, 'up', 'coarse')   # label k is what `Task.sample` calls `violate`
@@ -73,6 +73,7 @@ def _allowed(
     drawn = task.inside(down) & task.inside(up) & task.inside(flip) & (getattr(down, task.length) >= margin)
     return drawn & task.coarse(down) & task.coarse(up)
 
+@own_settings()
 def scenes_for(
     task:Task|str, # the task
     n:int,         # how many
@@ -102,6 +103,7 @@ def _sets(
         own = int(row_generator(check_int(seed, 'seed'), i, stream=5045).integers(2**62))
         yield *scenes_for(task, n, own, m), own
 
+@own_settings()
 def contrastive_factors(
     task:Task|str,    # the task
     n:int,            # scenes of each class, for each margin
@@ -140,6 +142,7 @@ def each_class(
     return torch.stack([task.render(as_class(task, f, k, margin)) for k in CLASSES[:classes]], 1)
 
 @lru_cache(maxsize=256)
+@own_settings()
 def _margins(
     task:Task, count:int, # see `margins_for`
 )->tuple[float,...]:      # see `margins_for`
@@ -215,6 +218,7 @@ def small_conv(
 
 PIXEL = dict(mlp=mlp, resnet8=resnet8, small_conv=small_conv)
 
+@own_settings()
 def pixel_classifier(
     network:str,   # a key of `PIXEL`
     size:int=32,   # pixels per side
@@ -249,18 +253,24 @@ def fit_pixels(
     check_images(x), check_int(epochs, 'epochs', 1), check_int(batch, 'batch', 1)
     if y.shape != (len(x),): raise ValueError(f"labels must have shape ({len(x)},), got {tuple(y.shape)}")
     opt, device = torch.optim.Adam(net.parameters(), lr=lr), next(net.parameters()).device
-    x, y = x.to(device), y.to(device)
-    for k in range(epochs):
-        net.train()
-        order, total = torch.from_numpy(row_generator(seed, k, stream=5048).permutation(len(x))).to(device), 0.
-        for rows in order.split(batch):
-            loss = F.cross_entropy(net(x[rows]), y[rows])
-            opt.zero_grad(), loss.backward(), opt.step()
-            total += loss.item()*len(rows)
-        net.eval()
-        yield total/len(x)
+    yield from in_own_settings((_epoch(net, opt, x.to(device), y.to(device), batch, seed, k) for k in range(epochs)), True)
 
-@torch.no_grad()
+def _epoch(
+    net:nn.Module, opt:torch.optim.Optimizer, # changed in place
+    x:Tensor, y:Tensor, batch:int, seed:int,  # see `fit_pixels`
+    k:int,                                    # number of the epoch
+)->float:                                     # mean loss
+    "Once through the set, in an order of its own."
+    net.train()
+    order, total = torch.from_numpy(row_generator(seed, k, stream=5048).permutation(len(x))).to(x.device), 0.
+    for rows in order.split(batch):
+        loss = F.cross_entropy(net(x[rows]), y[rows])
+        opt.zero_grad(), loss.backward(), opt.step()
+        total += loss.item()*len(rows)
+    net.eval()
+    return total/len(x)
+
+@own_settings(False)
 def right(
     net,      # takes images, gives logits
     x:Tensor, # (n,3,s,s)
@@ -350,6 +360,7 @@ class RuleClassifier(ModelMixin, ConfigMixin):
         recipe:dict, # `ClassifierRecipe.to_dict()`
     ):
         super().__init__()
+        self.register_to_config(recipe=dict(recipe), _use_default_values=[])   # for `from_config`, by position or by name
         r = self.recipe = ClassifierRecipe.from_dict(dict(recipe))
         self.abar = r.schedule().alphas_cumprod   # no buffer: half precision would round it to 1 at the first timesteps
         side, k = r.task.size//r.patch, len(r.channels)
@@ -371,7 +382,7 @@ class RuleClassifier(ModelMixin, ConfigMixin):
         s, n = (v.to(xt) for v in amplitudes(t.long(), self.abar))
         x = (xt - s)/(n*n + (.3*s)**2).sqrt()   # white background at 0, about unit size at every timestep, as in 05_unet
         e = self.time(self.waves(t).to(x.dtype))
-        h = self.first(F.pixel_unshuffle(x, self.recipe.patch).contiguous(memory_format=torch.channels_last))
+        h = self.first(entrance(F.pixel_unshuffle(x, self.recipe.patch), self))
         for block in self.down: h, _ = block(h, e)
         return self.neck(F.silu(self.mid(h, e)).flatten(1))
 
@@ -397,6 +408,7 @@ def classifier_recipe(
         raise ValueError(f"classes must be 3 or 4, or 0 with 1 condition for a regressor, got {r.classes} with {r.conditions}")
     return r
 
+@own_settings()
 def classifier(
     preset:str,      # a key of `CLASSIFIERS`
     task:Task|str,   # the task
@@ -441,6 +453,7 @@ class ClassifierRun(Run):
         return F.cross_entropy(out, y[rows]) + r.contrast_weight*supervised_contrast(f, y[rows], r.temperature)
 
 # %% ../nbs/12_classifier.ipynb #afd79b55
+@own_settings()
 def graded_factors(
     task:Task|str,    # the task
     n:int,            # scenes for each margin
@@ -491,6 +504,7 @@ def classifier_steps(
 # %% ../nbs/12_classifier.ipynb #dc9cfc78
 CLASSIFIER_WEIGHTS = Path(rulediff_nb.__file__).parent/'weights'/'classifiers'
 
+@own_settings()
 def load_classifier(
     name:str,              # a key of `TASKS`
     palette:str='fixed',    # of the task that it was trained on
@@ -605,7 +619,7 @@ class ShippedClassifier(NamedTuple):
         return load_classifier(self.task, self.palette, self.role, device=device)
 
 # %% ../nbs/12_classifier.ipynb #10619ab9
-@torch.no_grad()
+@own_settings(False)
 def noised_outputs(
     clf:RuleClassifier, # trained
     x:Tensor,     # (n,3,s,s) clean images
@@ -626,6 +640,7 @@ def timestep_of(
     return (snr(abar).log() + 2*math.log(sigma)).abs().argmin().item()
 
 # %% ../nbs/12_classifier.ipynb #594da521
+@own_settings(False)
 def bayes_accuracy(
     scenes:Tensor, # (n,k,3,s,s): of each row one lies under the noise, each as often
     sigma:float,   # noise on an image of unit signal

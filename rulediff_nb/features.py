@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from .core import check_images
+from .core import check_images, own_settings
 from .tasks import (RANDOM, FIXED, Perspective, Rect, SunShadow, Task, TwoCircles, TwoSquares, hsv_to_rgb,
     overlap, quadrant_area, rgb_to_hsv)
 
@@ -155,6 +155,7 @@ class Layout(NamedTuple):
     lengths:tuple[bool,...] # which of the fitted fields are lengths that cannot pass zero
 
 @cache
+@own_settings()
 def layout(
     task:Task, # the task
 )->Layout:     # on the CPU, float64
@@ -648,6 +649,7 @@ def _in_parallel(
         with ThreadPoolExecutor(threads) as pool: return list(pool.map(one, items))
 
 @patch
+@own_settings()
 def features(self:Task,
     x:Tensor,        # (n,3,size,size) in [-1,1]
     chunk:int=2**16, # pixels fitted at once: few enough for a core's own memory, which pays more than fewer calls

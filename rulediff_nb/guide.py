@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from rulediff_nb.classifier import (
     ON, RuleClassifier, ShippedClassifier, TrainedClassifier, check_label, contrastive, each_class, margins_for, noised_outputs, scenes_for,
     timestep_of)
-from .core import check_int, range_known, row_generator
+from .core import check_int, own_settings, range_known, row_generator
 from .metrics import measured, rule_report
 from .sample import check_model, sample
 from .schedule import amplitudes, snr, solve
@@ -116,7 +116,7 @@ def _gradient(
 )->Tensor:     # like `xt`, float32
     "Gradient of each row's number."
     with torch.enable_grad():
-        x = xt.detach().float().requires_grad_()
+        x = xt.detach().float().clone().requires_grad_()   # a copy: what inference mode made takes no gradient
         return torch.autograd.grad(f(x).sum(), x)[0]
 
 _MOVED = dict(epsilon=lambda m, s, n: -s/n*m, v_prediction=lambda m, s, n: -m/n, sample=lambda m, s, n: m)
@@ -159,6 +159,7 @@ class Guided(nn.Module):
         if bad.any(): raise ValueError(f"scale must be finite, got {w[bad][0].item()} at t={t[bad][0].item()}")
         return torch.where(snr(self.abar[t]) > NOISIEST**-2, w, 0)
 
+    @own_settings()
     def predict(self,
         xt:Tensor, # (n,3,s,s)
         t:Tensor,  # (n,) in [0,T), or one for all
@@ -355,7 +356,7 @@ class Oracle(Guidance):
     )->tuple[Tensor,Tensor]: # (n,) log(b/a), and its gradient like `x0`; 0 where the ruler cannot read
         "What the ruler reads, and its gradient."
         with torch.enable_grad(), range_known():   # x0_hat may be pale
-            x0 = x0.detach().requires_grad_()
+            x0 = x0.detach().clone().requires_grad_()
             m = measured(self.task, self.task.features(x0))
             r = (m.b/m.a).log().to(x0)
             return r.detach(), _or_0(torch.autograd.grad(r.sum(), x0)[0])

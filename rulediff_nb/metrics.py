@@ -23,7 +23,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from .core import check_images, check_int, plot_report, range_known, row_generator, to_8bit
+from .core import check_images, check_int, own_settings, plot_report, range_known, row_generator, to_8bit
 from .features import REASONS, off_colour
 from .tasks import Task, get_task, rgb_to_hsv
 
@@ -69,6 +69,7 @@ def task_of(
     raise TypeError("wanted a task, the name of one, or a model that carries one as `model.task` or `model.recipe.task`, "
                     f"got {asked.__name__ if isinstance(asked, type) else type(asked).__name__}")
 
+@own_settings()
 def measure(
     task:Task|str|Any, # the task, its name, or a model of it
     x:Tensor,  # (n,3,s,s) in [-1,1]
@@ -154,6 +155,7 @@ def permuted(
     return task.free(f, _take(f, other.to(f.readable.device)))
 
 @lru_cache(maxsize=16)
+@own_settings()
 def real_images(
     task:Task, # the task
     n:int,     # images
@@ -246,6 +248,7 @@ class Marginals(NamedTuple):
     high:float  # 97.5 % quantile of the same for real images: above this the model differs
     factor:str  # its name
 
+@own_settings()
 def marginals(
     task:Task,    # the task
     f:NamedTuple, # features of the images
@@ -279,6 +282,7 @@ def nearest(
     parts = [v.flatten(1).float() for v in x.split(chunk)]
     return torch.cat([(v - t[torch.cdist(v, t).argmin(1)]).norm(dim=1) for v in parts])   # cdist finds, the difference measures
 
+@own_settings()
 def memorized(
     task:Task,    # the task
     x:Tensor,     # (n,3,s,s) images
@@ -467,9 +471,11 @@ def _points_and_draws(
     "Statistics of the images and their companions, and the images' resampled."
     def f(s): return statistics(s, size)
     s, s0, c = f(m), f(real.floor), f(real.chance)
-    bm, b0, bc = bootstrap(m, f, draws, seed), bootstrap(real.floor, f, draws, seed + 1), bootstrap(real.chance, f, draws, seed + 1)
+    other = (check_int(seed, 'seed') + 1) % 2**63
+    bm, b0, bc = bootstrap(m, f, draws, seed), bootstrap(real.floor, f, draws, other), bootstrap(real.chance, f, draws, other)
     return _compared(s, s0, c), _compared(s0, s0, c), _compared(c, s0, c), _compared(bm, b0, bc)
 
+@own_settings()
 def rule_report(
     task:Task|str|Any,       # what the images are meant to show: a task, its name, or a model of it, guided or not
     x:Tensor,                # (n,3,size,size) in [-1,1]

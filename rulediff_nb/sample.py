@@ -26,7 +26,7 @@ from fastcore.imports import IN_NOTEBOOK
 from torch import Tensor, nn
 
 import rulediff_nb
-from .core import check_int, progress as progress_bar, range_known, row_generator, row_noise
+from .core import check_int, in_own_settings, own_settings, progress as progress_bar, range_known, row_generator, row_noise
 from .metrics import Measured, RuleReport, bootstrap, gap, interval, measure, real_images, rule_report, statistics
 from .schedule import FiniteSet, amplitudes
 from .store import StoreError, content_hash, list_releases, load_manifest, open_network
@@ -199,6 +199,7 @@ def _check_scheduler(
         raise ValueError(f"{name} does not fit at {steps} steps: it strays from known pictures by {off:.3g}, allowed {FITS}")
     return copy.deepcopy(scheduler)
 
+@own_settings(False)
 def plan(
     model:torch.nn.Module, # has `recipe`
     steps:int,             # steps of the scheduler
@@ -242,7 +243,8 @@ def sample_steps(
 )->Iterator[Denoised]:     # one per call of the model
     "Sample as a generator; ValueError for steps, eta, a scheduler or a precision that do not fit the model."
     sch = plan(model, steps, eta, seed, scheduler)
-    yield from _run(model, rows, sch, eta, seed, y, check_precision(model, precision, len(rows)))
+    if not len(rows): raise ValueError("rows must name at least one row, such as range(64), got none")
+    yield from in_own_settings(_run(model, rows, sch, eta, seed, y, check_precision(model, precision, len(rows))), False)
 
 def sample_batches(
     model:torch.nn.Module, # has `recipe` and `predict`
@@ -262,7 +264,8 @@ def sample_batches(
     if y is not None: check_labels(y, n, model.recipe)
     for i in range(0, n, batch):
         x = None
-        for d in _run(model, range(first + i, first + min(i + batch, n)), sch, eta, seed, None if y is None else y[i:i + batch], half):
+        rows = range(first + i, first + min(i + batch, n))
+        for d in in_own_settings(_run(model, rows, sch, eta, seed, None if y is None else y[i:i + batch], half), False):
             x = d.x
             yield None
         if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} network evaluations")
@@ -288,7 +291,7 @@ def sample(
         done = progress_bar(done, total, f'{n} images', delay=0. if progress else 5.)
     parts = [x for x in done if x is not None]
     s, p = model.recipe.task.size, next(model.parameters())
-    return torch.cat(parts) if parts else torch.empty(0, 3, s, s, device=p.device)
+    return torch.cat(parts) if parts else torch.empty(0, 3, s, s, device=p.device, dtype=torch.float32)
 
 # %% ../nbs/08_sample.ipynb #805f097b
 WEIGHTS = Path(rulediff_nb.__file__).parent/'weights'
@@ -341,6 +344,7 @@ def _find_release(
     return Path(folder), key
 
 @lru_cache(maxsize=2)
+@own_settings()
 def _training_set(
     task:Task, n:int, seed:int, # what the manifest says about it
     want:str,                   # its hash; empty: unknown
@@ -351,6 +355,7 @@ def _training_set(
         warnings.warn(f"the training set of {task.name} ({task.palette}) comes out with other bits here than where it was trained on", stacklevel=3)
     return x0
 
+@own_settings()
 def load_pretrained(
     name:str|Path,         # a key of `TASKS`; or a path: NAME.safetensors, NAME.json, or a folder with the weights of one model
     palette:str='fixed',   # of the task that the model was trained on; a path needs none

@@ -17,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from .core import check_images, check_int
+from .core import check_images, check_int, own_settings
 
 # %% ../nbs/04_schedule.ipynb #bdf70e3c
 def _check_timesteps(
@@ -129,6 +129,7 @@ SCHEDULES = dict(linear=dict(beta_schedule='linear'),                           
                  cosine=dict(beta_schedule='squaredcos_cap_v2'),                    # Nichol and Dhariwal 2021, eq. 17
                  zero_snr=dict(beta_schedule='linear', rescale_betas_zero_snr=True)) # Lin et al. 2024, algorithm 1
 
+@own_settings()
 def noise_schedule(
     T:int=1000,             # number of timesteps
     beta_start:float=1e-4,  # first beta

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from .core import own_settings
+
 try: import fcntl
 except ImportError: fcntl = None   # Windows has no such locks
 
@@ -256,6 +258,7 @@ def load_release(
     try: return load(blob), manifest
     except SafetensorError as e: raise StoreError(f"{path} is not a whole safetensors file: {e}") from e
 
+@own_settings()
 def open_network(
     folder:str|Path, # where weights and manifests stand
     name:str,        # file name without its ending

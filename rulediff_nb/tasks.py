@@ -18,7 +18,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .core import check_int, row_uniform
+from .core import check_int, own_settings, row_uniform
 
 # %% ../nbs/01_tasks.ipynb #1b177b41
 class Rect(NamedTuple):
@@ -124,9 +124,9 @@ def draw_rgb(
     palette:str,           # "fixed" or "random"
 )->Tensor:                 # (n,k,3) RGB in [0,1]
     "One colour per object: uniform whole HSV numbers for `random`, the fixed ones for `fixed`."
-    if palette == 'fixed': hsv = torch.tensor([FIXED[c] for c in colours], dtype=u.dtype).expand(len(u), -1, -1)
+    if palette == 'fixed': hsv = torch.tensor([FIXED[c] for c in colours], dtype=u.dtype, device=u.device).expand(len(u), -1, -1)
     else:
-        lo, hi = torch.tensor([RANDOM[c] for c in colours], dtype=u.dtype).unbind(-1)
+        lo, hi = torch.tensor([RANDOM[c] for c in colours], dtype=u.dtype, device=u.device).unbind(-1)
         hsv = (lo + u.view(len(u), len(colours), 3)*(hi - lo + 1)).floor()
     return hsv_to_rgb(hsv)
 
@@ -206,6 +206,7 @@ class Task:
             ok = ok & self.coarse(g) & (torch.minimum(true, getattr(g, self.length)) >= margin)
         return g, ok & self.inside(g)
 
+    @own_settings()
     def factors(self,
         n:int,                 # how many
         seed:int,              # row i depends on (seed, i) alone
@@ -238,6 +239,7 @@ class Task:
         f = self.Factors(*(v.to(device or 'cpu') for v in f))
         return self.render(f), f
 
+    @own_settings()
     def render(self,
         f:NamedTuple, # n factors
         chunk:int=2**17, # pixels drawn at once: few enough for a core's own memory
