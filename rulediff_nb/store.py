@@ -94,7 +94,8 @@ def check_file(
     if kind and not os.access(path, os.W_OK): raise StoreError(f"cannot write {path}: it is write-protected")
     near = Path(os.path.realpath(path)).parent
     while not os.path.lexists(near): near = near.parent
-    check_folder(near)
+    try: check_folder(near)
+    except StoreError as e: raise StoreError(f"cannot write {path}: {e}") from e
     return Path(path)
 
 def sha256(
