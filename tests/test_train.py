@@ -254,7 +254,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(kw, poison):
         list(fit(net(**kw), x0, 8))
 
 
-@pytest.mark.parametrize("size,kw", [(20, {}), (36, dict(channels=(8, 8, 8, 8)))])
+@pytest.mark.parametrize("size,kw", [(20, {}), (36, dict(channels=(8, 8, 8, 8), attention=(False,)*4))])
 def test_sizes_that_do_not_fit_the_network(size, kw):
     with pytest.raises(ValueError, match=f"size must be a multiple.*{size}"): unet("laptop", TASK.with_(size=size), **(SMALL | kw))
 
