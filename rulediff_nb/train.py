@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/train.html.md"""
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'Batch', 'timestep_shares', 'draw_batch', 'Step', 'accelerator', 'accelerate_state', 'undisturbed',
-           'attention_for', 'label_among', 'Run', 'check_network', 'check_set', 'fit', 'run_meta', 'save_run',
+           'attention_for', 'label_among', 'check_network', 'Run', 'check_set', 'fit', 'run_meta', 'save_run',
            'load_run', 'claim', 'stands_at', 'ended_by_term', 'train_steps', 'train', 'run_weights']
 
 # %% ../nbs/07_train.ipynb #d3e2021c
@@ -156,6 +156,20 @@ def label_among(
     if label.ndim == 1: return (label[:, None] == y) | (label < 0)[:, None]
     return (label[:, None] == y).all(2) | label.isnan().any(1)[:, None]
 
+def check_network(
+    net:torch.nn.Module, # that shall be trained
+):                       # nothing: it passes or raises
+    "ValueError names what a run cannot train, or could not resume to the same bits."
+    if not any(p.requires_grad for p in net.parameters()): raise ValueError("every parameter of this network is frozen: there is nothing to train")
+    wrong = sorted({str(p.dtype) for p in net.parameters()} - {'torch.float32'})
+    if wrong: raise ValueError(f"a network is trained in float32 (`precision` of its recipe says how it computes), got {wrong[0]}: use model.float()")
+    if any(p.is_meta for p in net.parameters()): raise ValueError("this network has no weights yet: it is on the device 'meta'")
+    for name, m in net.named_modules():
+        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p:
+            raise ValueError(f"{name} drops at random (p={m.p}), which a resumed run could not repeat: set p=0")
+        if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats:
+            raise ValueError(f"{name} keeps running statistics, which the averaged weights do not hold: use a group norm")
+
 class Run:
     "A training in progress; under `accelerate launch` each process takes its part of every batch."
     least = 0.   # no loss is lower
@@ -284,20 +298,6 @@ class Run:
         return self.model.eval()
 
 # %% ../nbs/07_train.ipynb #aac85b4b
-def check_network(
-    net:torch.nn.Module, # that shall be trained
-):                       # nothing: it passes or raises
-    "ValueError names what a run cannot train, or could not resume to the same bits."
-    if not any(p.requires_grad for p in net.parameters()): raise ValueError("every parameter of this network is frozen: there is nothing to train")
-    wrong = sorted({str(p.dtype) for p in net.parameters()} - {'torch.float32'})
-    if wrong: raise ValueError(f"a network is trained in float32 (`precision` of its recipe says how it computes), got {wrong[0]}: use model.float()")
-    if any(p.is_meta for p in net.parameters()): raise ValueError("this network has no weights yet: it is on the device 'meta'")
-    for name, m in net.named_modules():
-        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p:
-            raise ValueError(f"{name} drops at random (p={m.p}), which a resumed run could not repeat: set p=0")
-        if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats:
-            raise ValueError(f"{name} keeps running statistics, which the averaged weights do not hold: use a group norm")
-
 def check_set(
     model:RuleUNet, # that shall be trained
     x0:Tensor,      # (n,3,s,s) float in [-1,1]: the training set
