@@ -249,8 +249,8 @@ def test_a_folder_of_trainings_that_cannot_be_written_is_refused_before_any_work
     (dict(conditions=2), "with labels"), (dict(betas="zero_snr", prediction="epsilon", sigma_data=0.), ""), (dict(attention=(False,)), "")])
 def test_a_training_that_cannot_be_is_refused_before_any_work(change, word, tmp_path):
     "Among others that can be: none of them begins."
-    study = grid(["two_squares"], changes=[TINY, TINY | change], steps=[2], n=16, images=16)
-    with pytest.raises((ValueError, TypeError, FloatingPointError, RuntimeError), match=word): states(study, tmp_path/"g")
+    with pytest.raises((ValueError, TypeError), match=word):
+        states(grid(["two_squares"], changes=[TINY, TINY | change], steps=[2], n=16, images=16), tmp_path/"g")
     assert not list((tmp_path/"trained").glob("*/*"))
 
 
