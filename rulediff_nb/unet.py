@@ -29,7 +29,8 @@ RETIRED = {'contrast', 'exact_target'}   # fields of version 0.1
 _WHOLE = dict(layers=(1, 64), head_dim=(1, 4096), patch=(1, 64), T=(2, 100_000), batch=(1, 2**20), warmup=(0, 2**31), classes=(0, 2**20),
               conditions=(0, 4096))                        # both ends included
 _REAL = dict(beta_start='(0,1)', beta_end='(0,1)', noise_mean='[-20,20]', noise_std='[0,20]', sigma_data='[0,10]', lr='(0,inf)',
-             weight_decay='[0,10]', min_snr='[0,1e6]', clip='[0,1e6]', ema='[0,1)', label_drop='[0,1)', width='[1,1e6]', temperature='(0,100]', contrast_weight='[0,1e3]')
+             weight_decay='[0,10]', min_snr='[0,1e6]', clip='[0,1e6]', ema='[0,1)', label_drop='[0,1)',
+             width='[1,1e6]', temperature='(0,100]', contrast_weight='[0,1e3]')
 _CHOICES = dict(betas=tuple(SCHEDULES), prediction=tuple(PREDICTIONS), precision=('fp32', 'bf16', 'fp16'))
 _GROUPS = 8   # of the group norms
 
