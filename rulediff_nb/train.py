@@ -187,7 +187,8 @@ class Run:
         self.model, self.recipe, self.seed = model, r, check_int(seed, 'seed')
         self.steps, self.step, self.start = check_int(steps, 'steps', 1), 0, time.perf_counter()
         self.device = next(model.parameters()).device
-        self.states = [{}, {}, {}]   # accelerate's
+        several = int(os.environ.get('WORLD_SIZE') or 1) > 1   # then all runs of the process share its place among the others
+        self.states = [PartialState._shared_state if several else {}, {}, {}]   # accelerate's
         with accelerate_state(self.states): self._prepare(model, compiled)
 
     def _prepare(self,
