@@ -242,7 +242,7 @@ class Run:
         label = None if y is None else y[rows].masked_fill(hide.view(-1, *[1]*(y.ndim - 1)), -1 if r.classes else math.nan)
         if r.posterior_mean: want = self.exact(x0).mean_target(xt, t, r.prediction, None if y is None else label_among(label, y))
         else: want = target(x, eps, t, abar, r.prediction)
-        with self.acc.autocast(), attention_for(self.device): got = self.net(xt, t, label).sample
+        with accelerate_state(self.states), self.acc.autocast(), attention_for(self.device): got = self.net(xt, t, label).sample
         error = (got.float() - want).square().flatten(1).mean(1)
         return (error*min_snr_weight(t, abar, r.prediction, r.min_snr)).mean() if r.min_snr else error.mean()
 
@@ -386,7 +386,7 @@ def load_run(
         kinds = {k.rpartition('.')[2] for k in tensors for p in g['params'] if k.rpartition('.')[0] == f'opt.{named[p]}'}
         for p in g['params']:   # a frozen one has no moments
             mine = {m: f'opt.{named[p]}.{m}' for m in kinds}
-            if any(k in tensors for k in mine.values()): run.opt.state[p] = {m: like(p, tensors[k]) for m, k in mine.items()}
+            if p.requires_grad or any(k in tensors for k in mine.values()): run.opt.state[p] = {m: like(p, tensors[k]) for m, k in mine.items()}
         if 'use_muon' in g: g['step'] = meta['step']   # the one optimizer that counts per group
     if run.acc.scaler: run.acc.scaler.load_state_dict(meta['scaler'])
     if run.ema:
