@@ -4,10 +4,15 @@ import signal
 import sys
 
 
+def fill_streams():
+    "Let closed standard streams lead nowhere: the next file, here or in a worker, would else take their place."
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)
+    os.close(fd)
+
+
 def main():
     "Run a command line in a process of its own; threads that wait leave their core to others."
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)   # a closed stream leads nowhere, not into the next file
-    os.close(fd)
+    fill_streams()
     if "torch" not in sys.modules: os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # later it has no effect
     try:
         from rulediff_nb.cli import main

@@ -36,7 +36,7 @@ from .store import content_hash, load_manifest, load_network, save_release
 from .study import content_mark, keep_weights, load_kept, plain
 from .table import Study, Work, register_study
 from .tasks import Task, get_task
-from .train import Batch, Run, Step, accelerate_state, attention_for, fit, train_steps
+from .train import Batch, Run, Step, fit, train_steps
 from .unet import Recipe, entrance
 
 # %% ../nbs/12_classifier.ipynb #20ff0faa
@@ -253,7 +253,8 @@ def fit_pixels(
     check_images(x), check_int(epochs, 'epochs', 1), check_int(batch, 'batch', 1)
     if y.shape != (len(x),): raise ValueError(f"labels must have shape ({len(x)},), got {tuple(y.shape)}")
     opt, device = torch.optim.Adam(net.parameters(), lr=lr), next(net.parameters()).device
-    yield from in_own_settings((_epoch(net, opt, x.to(device), y.to(device), batch, seed, k) for k in range(epochs)), True)
+    x, y = x.to(device), y.to(device)
+    yield from in_own_settings((_epoch(net, opt, x, y, batch, seed, k) for k in range(epochs)), True)
 
 def _epoch(
     net:nn.Module, opt:torch.optim.Optimizer, # changed in place
@@ -447,7 +448,7 @@ class ClassifierRun(Run):
         "Cross entropy and contrast of the classes; of a regressor the Gaussian log likelihood."
         rows, t, eps, _ = batch
         r = self.recipe
-        with accelerate_state(self.states), self.acc.autocast(), attention_for(self.device):
+        with self.forward_pass():
             out, f = self.net(add_noise(x0[rows], t, eps, self.model.abar), t, True)
         if not r.classes: return F.gaussian_nll_loss(out[:, :1], y[rows], out[:, 1:].exp())
         return F.cross_entropy(out, y[rows]) + r.contrast_weight*supervised_contrast(f, y[rows], r.temperature)

@@ -36,8 +36,9 @@ from fastcore.imports import IN_NOTEBOOK
 from torch import Tensor
 
 import rulediff_nb
+from .__main__ import fill_streams
 from .classifier import CLASSIFIER_WEIGHTS, ShippedClassifier, load_classifier
-from .core import Panel, check_int, default_device, plot_panels, progress, range_known, row_generator, save_images
+from .core import Panel, check_int, default_device, picture_names, plot_panels, progress, range_known, row_generator, save_images
 from .guide import guided
 from .images import SCHEMA, SHOWN, Images, counted, image_table, markdown_report, read_images, refused, report_lines
 from .images import report_table, shown, suggestion
@@ -96,6 +97,18 @@ def pick_device(
     if (device.index or 0) < here[device.type]: return device
     why = ', and this PyTorch is built without CUDA' if device.type == 'cuda' and not torch.version.cuda else ''
     raise ValueError(f"there is no device {name!r} in this machine{why}; there are: {', '.join(k for k, n in here.items() if n)}")
+
+def _bytes(
+    text:str, # may hold a file's name that is no valid text
+)->bytes:     # for a file
+    "Text as UTF-8; what cannot be encoded is escaped."
+    return text.encode(errors='backslashreplace')
+
+def _csv(
+    df:pd.DataFrame, # any
+)->bytes:            # of a file
+    "A table as CSV."
+    return _bytes(df.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
 
 def text_table(
     df:pd.DataFrame,   # any number of lines
@@ -279,7 +292,7 @@ def save_demo(
     panels:list[Panel], # the figure's columns
 )->str:                 # why there is no figure; empty: there is one
     "Write tables and figure, each whole or not at all; where the figure cannot be drawn the tables stand, and no older figure beside them."
-    write_atomic(folder/'demo.csv', pd.DataFrame(lines).to_csv(index=False, float_format='%.6g', lineterminator='\n').encode())
+    write_atomic(folder/'demo.csv', _csv(pd.DataFrame(lines)))
     write_atomic(folder/'demo.txt', f'{text}\n'.encode())
     png = io.BytesIO()
     try: plot_panels(panels).savefig(png, dpi=80, format='png')
@@ -385,9 +398,7 @@ def check_pictures(
         return
     if path.is_dir() and Path.cwd().is_relative_to(path.resolve()):
         raise ValueError(f"--out must name a folder of its own, got {out!r}, which this command runs in")
-    names = {f'{i:0{max(4, len(str(n - 1)))}d}.png' for i in range(n)}
-    left = sorted({p.name for p in path.iterdir()} - names) if path.is_dir() else []
-    if left: raise ValueError(f"{path} holds {left[0]}, which would be mixed with the new images: name another folder, or empty it")
+    if path.is_dir(): picture_names(path, n)
     check_folder(path), check_folder(path.parent)
 
 def sample_images(
@@ -753,18 +764,6 @@ def _ending(
     if path and Path(path).suffix.lower() not in names: raise ValueError(f"{option} must end in {' or '.join(names)}, got {path!r}")
     return Path(path).suffix.lower()[1:]
 
-def _bytes(
-    text:str, # may hold a file's name that is no valid text
-)->bytes:     # for a file
-    "Text as UTF-8; what cannot be encoded is escaped."
-    return text.encode(errors='backslashreplace')
-
-def _csv(
-    df:pd.DataFrame, # any
-)->bytes:            # of a file
-    "A table as CSV."
-    return _bytes(df.to_csv(index=False, float_format='%.6g', lineterminator='\n'))
-
 def write_report(
     r:RuleReport,    # what was measured
     found:Images,    # where it came from
@@ -908,8 +907,7 @@ def run_command(
 
 def steady_streams():
     "Let no stream stop a command: a closed one leads nowhere, and what a terminal cannot encode is escaped."
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)   # or the next file would be standard output, here or in a worker
-    os.close(fd)
+    fill_streams()
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is None or getattr(stream, 'closed', False): setattr(sys, name, open(os.devnull, 'w'))

@@ -7,8 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'own_settings', 'in_own_settings', 'check_images',
            'range_known', 'check_range', 'to_8bit', 'to_bytes', 'from_bytes', 'default_device', 'show', 'to_numpy',
-           'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'plot_errors', 'plot_report', 'save_images',
-           'read_grid', 'explore', 'in_test', 'progress', 'Exercise']
+           'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'plot_errors', 'plot_report', 'picture_names',
+           'save_images', 'read_grid', 'explore', 'in_test', 'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
 import io, math, os, re, sys, tempfile, warnings
@@ -376,16 +376,24 @@ def _beside(
         if made.is_dir() and path.is_dir(): os.replace(path, Path(tmp)/'before')
         os.replace(made, path)
 
+def picture_names(
+    path:Path, # a folder, which may not be there yet
+    n:int,     # images
+)->list[str]:  # 0000.png and so on
+    "The files that images become in a folder; ValueError for one that holds anything which these would not replace."
+    names = [f'{i:0{max(4, len(str(n - 1)))}d}.png' for i in range(n)]
+    if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; images are saved as .png or .npz, or into a folder")
+    left = sorted({p.name for p in path.iterdir()} - set(names)) if path.is_dir() else []
+    if left: raise ValueError(f"{path} holds {left[0]}, which would be mixed with the new images: name another folder, or empty it")
+    return names
+
 def _save_folder(
     a:np.ndarray, # (n,s,s,3) uint8
     path:Path,    # the folder
 ):
-    "One PNG per image, 0000.png and so on; ValueError for a folder that holds anything which these would not replace."
+    "One PNG per image; ValueError as `picture_names` raises it."
     from PIL import Image
-    names = [f'{i:0{max(4, len(str(len(a) - 1)))}d}.png' for i in range(len(a))]
-    if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; images are saved as .png or .npz, or into a folder")
-    left = sorted({p.name for p in path.iterdir()} - set(names)) if path.is_dir() else []
-    if left: raise ValueError(f"{path} holds {left[0]}, which would be mixed with the new images: name another folder, or empty it")
+    names = picture_names(path, len(a))
     with _beside(path) as made:
         made.mkdir()
         for name, v in zip(names, a): Image.fromarray(v).save(made/name)

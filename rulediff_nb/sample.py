@@ -214,7 +214,6 @@ def plan(
     sch.set_timesteps(steps)
     return sch
 
-@torch.no_grad()
 def _run(
     model:torch.nn.Module, # has `recipe` and `predict`
     rows:Sequence[int],    # row numbers
@@ -229,7 +228,7 @@ def _run(
     x = row_noise(seed, rows, (3, s, s), 20, p.device).to(p.dtype)
     def predict(xt, t):
         with in_bf16(half): return model.predict(xt, t.to(p.device).expand(len(rows)), *given).to(xt.dtype)
-    yield from _walk(predict, copy.deepcopy(sch), x, seed, rows, eta)
+    yield from in_own_settings(_walk(predict, copy.deepcopy(sch), x, seed, rows, eta), False)
 
 def sample_steps(
     model:torch.nn.Module, # has `recipe` and `predict`
@@ -244,7 +243,7 @@ def sample_steps(
     "Sample as a generator; ValueError for steps, eta, a scheduler or a precision that do not fit the model."
     sch = plan(model, steps, eta, seed, scheduler)
     if not len(rows): raise ValueError("rows must name at least one row, such as range(64), got none")
-    yield from in_own_settings(_run(model, rows, sch, eta, seed, y, check_precision(model, precision, len(rows))), False)
+    yield from _run(model, rows, sch, eta, seed, y, check_precision(model, precision, len(rows)))
 
 def sample_batches(
     model:torch.nn.Module, # has `recipe` and `predict`
@@ -265,7 +264,7 @@ def sample_batches(
     for i in range(0, n, batch):
         x = None
         rows = range(first + i, first + min(i + batch, n))
-        for d in in_own_settings(_run(model, rows, sch, eta, seed, None if y is None else y[i:i + batch], half), False):
+        for d in _run(model, rows, sch, eta, seed, None if y is None else y[i:i + batch], half):
             x = d.x
             yield None
         if not x.isfinite().all(): raise FloatingPointError(f"{type(sch).__name__}: NaN or infinity after {len(sch.timesteps)} network evaluations")

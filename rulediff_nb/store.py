@@ -7,7 +7,7 @@ Docs: https://rulediff.github.io/rulediff_nb/store.html.md"""
 # %% auto #0
 __all__ = ['StoreError', 'write_atomic', 'read_file', 'check_folder', 'check_file', 'sha256', 'content_hash', 'check_json',
            'save_tensors', 'load_tensors', 'check_release', 'save_release', 'list_releases', 'load_manifest',
-           'load_release', 'open_network', 'load_network']
+           'load_release', 'fill_network', 'open_network', 'load_network']
 
 # %% ../nbs/06_store.ipynb #11b34706
 import errno, hashlib, json, math, os, secrets, stat
@@ -260,6 +260,21 @@ def load_release(
     except SafetensorError as e: raise StoreError(f"{path} is not a whole safetensors file: {e}") from e
 
 @own_settings()
+def fill_network(
+    make:Callable[[dict],nn.Module], # a recipe -> an untrained network
+    recipe:dict,                # of the network
+    tensors:dict[str,Tensor],   # its weights
+    misfit:str,                 # what an error begins with: which file does not fit what
+)->nn.Module:                   # in eval mode, float32, on the CPU
+    "Make a network and give it its weights; StoreError where they do not fit each other."
+    try:
+        net = make(recipe)
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise StoreError(f"{misfit}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+    return net.eval()
+
+@own_settings()
 def open_network(
     folder:str|Path, # where weights and manifests stand
     name:str,        # file name without its ending
@@ -267,14 +282,9 @@ def open_network(
 )->nn.Module:        # in eval mode, float32, on the CPU; its manifest is `.manifest`
     "Make a network from a release; StoreError for files that are missing or changed, or do not fit each other."
     tensors, manifest = load_release(folder, name)
-    try:
-        net = make(manifest['recipe'])
-        net.load_state_dict({k: v.float() for k, v in tensors.items()})
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise StoreError(f"{Path(folder)/name}.safetensors does not fit the recipe in its manifest: {why}") from e
+    net = fill_network(make, manifest['recipe'], tensors, f"{Path(folder)/name}.safetensors does not fit the recipe in its manifest")
     net.manifest = manifest
-    return net.eval()
+    return net
 
 def load_network(
     folder:str|Path, # where weights and manifests stand

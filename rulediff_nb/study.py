@@ -31,11 +31,11 @@ from .core import check_int, default_device, range_known, row_noise, to_bytes
 from .metrics import RuleReport, measure, rule_errors, rule_report
 from .sample import Shipped as Shipped, sample
 from .schedule import add_noise, noise_schedule, snr, solve
-from .store import StoreError, check_file, check_folder, check_json, content_hash
+from .store import StoreError, check_file, check_folder, check_json, content_hash, fill_network
 from .store import load_tensors, read_file, save_tensors, sha256, write_atomic
 from .table import KEPT, RESULTS, Study, Work, about, find_study, provenance, register_study, results
 from .tasks import get_task
-from .train import OPTIMIZERS, Run, accelerator, check_set, claim, run_weights, train_steps
+from .train import Run, check_set, claim, run_weights, train_steps
 from .unet import PRESETS, Recipe, RuleUNet, recipe, unet
 
 # %% ../nbs/08a_study.ipynb #69e6fe33
@@ -75,9 +75,8 @@ class Denoiser(NamedTuple):
         check_int(self.steps, 'steps', 1), check_int(self.seed, 'seed'), check_int(self.n, 'n')
         for k in (*self.marks, self.at or self.steps): check_int(k, 'a mark', 1, self.steps)
         r = self.recipe()
-        if r.optimizer not in OPTIMIZERS: raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {r.optimizer!r}")
-        accelerator(r.precision, device)
-        model = unet(self.preset, r.task, self.seed, **dict(self.changes))
+        model = unet(self.preset, r.task, self.seed, **dict(self.changes)).to(device)
+        Run(model, self.steps, self.seed)   # refuses by itself what it cannot train here
         check_set(model, r.task.sample(1, self.seed)[0])
         rehearse(model, min(2, r.T))
 
@@ -169,13 +168,9 @@ def load_kept(
     kept, meta = load_tensors(path)
     wrong = [f'{k} {meta.get(k)}, expected {v}' for k, v in (want or {}).items() if meta.get(k) != v]
     if wrong: raise StoreError(f"{path} is of another training: it has {'; '.join(wrong)}")
-    try:
-        net = make(meta['recipe'])
-        net.load_state_dict(kept)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
-        raise StoreError(f"{path} does not fit its own recipe: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+    net = fill_network(make, meta.get('recipe'), kept, f"{path} does not fit its own recipe")
     net.manifest = meta
-    return net.to(device, memory_format=torch.channels_last).eval()
+    return net.to(device, memory_format=torch.channels_last)
 
 # %% ../nbs/08a_study.ipynb #3cacc7bf
 class Known(NamedTuple):

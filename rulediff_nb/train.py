@@ -222,6 +222,11 @@ class Run:
         i = k*self.acc.process_index
         return Batch(*(v[i:i + k].to(self.device, non_blocking=True) for v in batch))
 
+    @contextmanager
+    def forward_pass(self)->Iterator[None]: # while it is open
+        "How the network computes in training: accelerate's precision, and the attention that is fastest there."
+        with accelerate_state(self.states), self.acc.autocast(), attention_for(self.device): yield
+
     def exact(self,
         x0:Tensor,     # (n,3,s,s) training set
     )->FiniteSet:      # made anew only for another set
@@ -242,7 +247,7 @@ class Run:
         label = None if y is None else y[rows].masked_fill(hide.view(-1, *[1]*(y.ndim - 1)), -1 if r.classes else math.nan)
         if r.posterior_mean: want = self.exact(x0).mean_target(xt, t, r.prediction, None if y is None else label_among(label, y))
         else: want = target(x, eps, t, abar, r.prediction)
-        with accelerate_state(self.states), self.acc.autocast(), attention_for(self.device): got = self.net(xt, t, label).sample
+        with self.forward_pass(): got = self.net(xt, t, label).sample
         error = (got.float() - want).square().flatten(1).mean(1)
         return (error*min_snr_weight(t, abar, r.prediction, r.min_snr)).mean() if r.min_snr else error.mean()
 
@@ -465,9 +470,9 @@ def train_steps(
     run_type:type[Run]=Run, # what a step is
 )->Iterator[Step]:  # one per step
     "`fit` with checkpoints: resumes, and saves at intervals, at the end and on any way out; a failed step is never saved."
-    steps_ = _train_steps(model, x0, folder, steps, seed, every, remarks, y, compiled, run_type)
-    _OPEN.add(steps_)
-    return steps_
+    run = _train_steps(model, x0, folder, steps, seed, every, remarks, y, compiled, run_type)
+    _OPEN.add(run)
+    return run
 
 def _train_steps(
     model:RuleUNet, x0:Tensor, folder:str|Path, steps:int, seed:int, every:float, remarks:dict|None, # see `train_steps`

@@ -17,6 +17,7 @@ from rulediff_nb.features import layout
 from rulediff_nb.guide import Oracle, guided
 from rulediff_nb.metrics import real_images, rule_report
 from rulediff_nb.sample import ExactDenoiser, load_pretrained, sample, sample_steps
+from rulediff_nb.study import Denoiser
 from rulediff_nb.tasks import SunShadow, TwoCircles
 from rulediff_nb.train import fit, train_steps
 from rulediff_nb.unet import Recipe, RuleUNet, unet
@@ -123,6 +124,13 @@ def test_accelerate_keeps_the_callers_state(made, monkeypatch):
     assert mine.mixed_precision == "no" and Accelerator(mixed_precision="no", cpu=True).mixed_precision == "no"
     monkeypatch.undo()
     assert found == [s.loss for s in fit(unet("laptop", T, **SMALL), made["x"], 3)]
+
+
+def test_looking_at_trainings_leaves_the_callers_state():
+    small = (("channels", (16, 16)), ("attention", (False, False)), ("head_dim", 16))
+    for precision in ("fp32", "bf16"):
+        Denoiser("two_circles", steps=4, n=16, changes=(*small, ("precision", precision))).check(torch.device("cpu"))
+    assert Accelerator(mixed_precision="no", cpu=True).mixed_precision == "no"
 
 
 def test_another_way_of_sharing_is_refused(made, monkeypatch):
