@@ -246,7 +246,8 @@ def test_a_folder_of_trainings_that_cannot_be_written_is_refused_before_any_work
 
 @pytest.mark.parametrize("change,word", [
     (dict(optimizer="magic"), "magic"), (dict(precision="fp16"), "fp16 does not train on a CPU"), (dict(classes=3), "with labels"),
-    (dict(conditions=2), "with labels"), (dict(betas="zero_snr", prediction="epsilon", sigma_data=0.), ""), (dict(attention=(False,)), "")])
+    (dict(conditions=2), "with labels"), (dict(betas="zero_snr", prediction="epsilon", sigma_data=0.), "epsilon"),
+    (dict(attention=(False,)), "attention must say")])
 def test_a_training_that_cannot_be_is_refused_before_any_work(change, word, tmp_path):
     "Among others that can be: none of them begins."
     with pytest.raises((ValueError, TypeError), match=word):
