@@ -8,8 +8,8 @@ Docs: https://rulediff.github.io/rulediff_nb/study.html.md"""
 __all__ = ['TIMESTEPS', 'SCORES', 'CURVES', 'BRIEF', 'RECIPES', 'Denoiser', 'rehearse', 'content_mark', 'keep_weights',
            'load_kept', 'Known', 'ruler_readings', 'ruler_mark', 'plain', 'row_inputs', 'row_key', 'Done', 'Where',
            'damaged_rows', 'provenance_mark', 'write_table', 'write_run', 'use_engine', 'row_states', 'chosen',
-           'run_study', 'ship', 'denoising_error', 'report_columns', 'measure_denoiser', 'Cell', 'grid', 'Mark',
-           'Brief', 'pace', 'Choice']
+           'run_study', 'ship', 'denoising_error', 'measure_denoiser', 'Cell', 'grid', 'Mark', 'Brief', 'pace',
+           'Choice']
 
 # %% ../nbs/08a_study.ipynb #b78672d7
 import itertools, json, math, os, time
@@ -28,7 +28,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from .core import check_int, default_device, range_known, row_noise, to_bytes
-from .metrics import RuleReport, measure, rule_errors, rule_report
+from .metrics import GATES, measure, report_columns, rule_errors, rule_report
 from .sample import Shipped as Shipped, sample
 from .schedule import add_noise, noise_schedule, snr, solve
 from .store import StoreError, check_file, check_folder, check_json, content_hash, fill_network
@@ -205,7 +205,7 @@ def ruler_readings(
         out |= {f'{name}_{q}': v[ok].mean().item() if ok.any() else math.nan for q, v in px.items()}
     if row.task != 'two_squares': return out
     with range_known(): r = rule_report(t, x, train=x[:row.n], draws=2)   # the costly part, once per palette
-    return out | {k: r.rows[k].value for k in ('rule_gap', 'error_px', 'slope', 'rho', 'marginals', 'memorized')}
+    return out | {k: r.rows[k].value for k in ('rule_gap', 'error_px', 'slope', 'rho', 'marginals', 'joint', 'duplicates', 'memorized')}
 
 def _rulers(
     quick:bool, # fewer scenes
@@ -660,7 +660,7 @@ def ship(
 
 # %% ../nbs/08a_study.ipynb #a88f7fc6
 TIMESTEPS = 50, 100, 200, 400, 600  # of the linear schedule: their noise is what the denoising error is measured at
-SCORES = 'readable', 'coarse', 'rule_gap', 'r2_rule', 'error_px', 'marginals', 'memorized'
+SCORES = 'readable', 'coarse', 'rule_gap', 'r2_rule', 'error_px', *GATES[1:]
 
 def denoising_error(
     model:RuleUNet, # trained or not
@@ -677,14 +677,6 @@ def denoising_error(
         with torch.no_grad(): got = model.predict(xt, t)
         out[f'mse_{timestep}'] = (solve(xt, got, t, model.abar, model.recipe.prediction).x0 - x0).square().mean().item()
     return out
-
-def report_columns(
-    report:RuleReport,   # of some images
-    names:Sequence[str], # its rows
-)->dict:                 # "rule_gap", "rule_gap_low", ... "_high", "_floor", "_chance", and so on
-    "Rows of a report side by side, as a line of a table has them."
-    return {f'{k}_{part}' if part != 'value' else k: getattr(report.rows[k], part)
-            for k in names for part in ('value', 'low', 'high', 'floor', 'chance')}
 
 def measure_denoiser(
     model:RuleUNet,  # trained

@@ -181,6 +181,12 @@ class Task:
         "Whether the scene may be drawn; what may not is drawn anew."
         return getattr(f, self.length) > 0
 
+    def near(self,
+        f:NamedTuple,   # n factors or features
+    )->Tensor|None:     # (n,) bool; None: the task has no such difference
+        "Scenes of a kind whose rule is read at short lengths; reports show them apart."
+        return None
+
     def _factors(self,
         seed:int, rows:list[int], # whose numbers
         attempt:int, stream:int,  # which try, which purpose
@@ -340,6 +346,12 @@ class SunShadow(Task):
     )->Tensor:        # (n,) bool
         "Sun and shadow on opposite sides of the pole."
         return (f.sun_x - f.pole_x)*f.side < 0
+
+    def near(self,
+        f:NamedTuple, # factors or features
+    )->Tensor:        # (n,) bool
+        "The sun stands less than a quarter of the canvas beside the pole, so that the shadow is short."
+        return f.l1 < .25
 
     def with_dependent(self,
         f:SunFactors,  # n factors

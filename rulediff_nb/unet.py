@@ -281,6 +281,12 @@ class RuleUNet(ModelMixin, ConfigMixin):
         "Remember the training set: a reference, no copy."
         self.__dict__['_trained_on'] = x0
 
+    @property
+    def trained_scenes(self)->tuple|None: # a NamedTuple: exact factors of the training set; None: only its images are known, or nothing
+        "The scenes of a training set that can be drawn again, so that a report need not read it."
+        scenes = getattr(self.__dict__.get('_trained_on'), 'scenes', None)
+        return scenes() if scenes else None
+
     def condition(self,
         xt:Tensor, # (n,3,s,s)
         t:Tensor,  # (n,) in [0,T)
