@@ -709,7 +709,7 @@ def _usage(
     "How to load weights."
     task, folder = m['recipe']['task'], '' if s.folder in (WEIGHTS, CLASSIFIER_WEIGHTS) else ", folder='.'"
     load = f"load_pretrained('{task['name']}', '{task['palette']}'{folder})"
-    if s.kind == 'denoiser': return f'from rulediff_nb.all import load_pretrained, sample\nmodel = {load}\nx = sample(model, n=8, steps=50, seed=1)'
+    if s.kind == 'denoiser': return f'from rulediff_nb.all import load_pretrained, sample\nmodel = {load}\nx = sample(model, n=8, seed=1)'
     role = s.name.rsplit('-', 1)[-1]
     return f"from rulediff_nb.all import load_classifier\nclf = load_classifier('{task['name']}', '{task['palette']}', '{role}'{folder})"
 

@@ -132,7 +132,7 @@ class Demo(NamedTuple):
     palette:str # "fixed" or "random"
     n:int=160   # images
     steps:int=25 # network evaluations per image
-    eta:float=1. # fresh noise: 0 none, 1 as much as the ancestral sampler
+    eta:float|str='auto' # fresh noise, see `sample`
     seed:int=DEMO_SEED # of the noise
     scale:float=DEMO_SCALE # of the guidance by the shipped classifier, where there is one; 0: no guided line
 
@@ -192,15 +192,18 @@ register_study(Study('demo', 'every shipped model beside floor, guidance and cha
 def check_sampling(
     n:int,        # images
     steps:int,    # network evaluations per image
-    eta:float,    # fresh noise
+    eta:str|float, # fresh noise: "auto", or a number
     seed:int,     # of the noise
     scale:float,  # of guidance
     least:int=1,  # smallest number of images
-):
+)->float|str:     # eta as `sample` takes it
     "TypeError or ValueError names the option that no sampler can follow."
     check_int(n, 'n', least, 100_000), check_int(steps, 'steps', 1, 1000), check_int(seed, 'seed')
-    if not 0 <= eta <= 1: raise ValueError(f"eta must be in [0, 1], got {eta}")
     if not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
+    try: number = eta if eta == 'auto' else float(eta)
+    except ValueError: number = math.nan
+    if number != 'auto' and not 0 <= number <= 1: raise ValueError(f"eta must be auto or in [0, 1], got {eta}")
+    return number
 
 def side_by_side(
     f:Callable,      # called with (item, stop): returns early once the event `stop` is set
@@ -328,7 +331,7 @@ def demo_plan(
     only:str,     # part of a name
     n:int,        # images per model
     steps:int,    # network evaluations per image
-    eta:float,    # fresh noise
+    eta:float|str, # fresh noise
     seed:int,     # of the noise
     scale:float,  # of guidance
 )->list[Demo]:    # rows, as the study has them: random before fixed
@@ -341,7 +344,7 @@ def demo_plan(
 def demo(
     n:int=160,            # images per model, 16 to 100000
     steps:int=25,         # network evaluations per image, 1 to 1000
-    eta:float=1.,         # fresh noise, 0 to 1: 0 none, 1 as much as the ancestral sampler
+    eta:str='auto',       # fresh noise: auto (none above sigma 2, all below), or a number: 0 none to 1 as much as the ancestral sampler
     seed:int=DEMO_SEED,   # of the noise, 0 or more
     scale:float=DEMO_SCALE, # of guidance by the shipped classifiers, any finite number; 0: no guided lines
     out:str='demo',       # folder for demo.png, demo.txt and demo.csv
@@ -350,14 +353,15 @@ def demo(
     precision:str='',     # of the networks; empty: bf16 where it is known to be faster
 ):
     "Sample every shipped model, also guided where a classifier is shipped, and measure it between floor and chance."
-    check_sampling(n, steps, eta, seed, scale, 16), known(precision or 'fp32', 'precision', CHOICES['precision'])
+    eta = check_sampling(n, steps, eta, seed, scale, 16)
+    known(precision or 'fp32', 'precision', CHOICES['precision'])
     rows, where = demo_plan(only, n, steps, eta, seed, scale), pick_device(device)
     folder, precision = check_folder(out), precision or ('bf16' if bf16_gains(where) else 'fp32')
     for name in DEMO_FILES: check_file(folder/name)
     rows, bad = sound_rows(rows)
     for why in bad: print(f'rulediff demo: {why}', file=sys.stderr, flush=True)
     start, lines, panels = time.perf_counter(), [], []
-    said = [f'{n} images per model, {steps} network evaluations per image, eta {eta:g}, seed {seed}, guidance {scale:g}, {precision}', '',
+    said = [f'{n} images per model, {steps} network evaluations per image, eta {eta}, seed {seed}, guidance {scale:g}, {precision}', '',
             line_text({k: k for k in ('task', 'palette', 'images', *SHOWN)})]
     print(*said, sep='\n', flush=True)
     for row, drawn in demo_rows(rows, where, precision):
@@ -376,7 +380,7 @@ def draw(
     model:torch.nn.Module, # has `recipe` and `predict`
     n:int,          # images
     steps:int,      # network evaluations
-    eta:float,      # 0: no fresh noise, 1: as much as the ancestral sampler
+    eta:float|str,  # fresh noise, see `sample`
     seed:int,       # row i's noise depends on (seed, i) alone
     batch:int=64,   # images at a time
     precision:str|None=None, # of the network, see `sample`
@@ -406,7 +410,7 @@ def sample_images(
     palette:str='fixed', # of its training images
     n:int=16,            # images, 1 to 100000
     steps:int=25,        # network evaluations per image, 1 to 1000
-    eta:float=1.,        # fresh noise, 0 to 1: 0 none, 1 as much as the ancestral sampler
+    eta:str='auto',      # fresh noise: auto (none above sigma 2, all below), or a number: 0 none to 1 as much as the ancestral sampler
     seed:int=0,          # of the noise, 0 or more; image i depends on (seed, i) alone
     scale:float=0.,      # of guidance by the shipped classifier, any finite number; 0: none
     weights:str='',      # a .safetensors file or folder of your own; empty: the shipped weights
@@ -415,7 +419,7 @@ def sample_images(
 ):
     "Draw images from a model and keep them."
     wanted, where = find_task(task, palette), pick_device(device)
-    check_sampling(n, steps, eta, seed, scale)
+    eta = check_sampling(n, steps, eta, seed, scale)
     check_pictures(out, n)
     model = load_pretrained(weights or task, palette, device=where)
     made = model.recipe.task
@@ -453,7 +457,7 @@ def list_all():
           *(f'  {s.name:12} {s.title}' for s in studies().values()), sep='\n')
 
 # %% ../nbs/90_cli.ipynb #b95ca63e
-REPORT = dict(n=1024, steps=50, eta=1., seed=777, precision='fp32')  # how a manifest's report is measured
+REPORT = dict(n=1024, steps=25, eta='auto', seed=777, precision='fp32')  # how a manifest's report is measured
 
 def train(
     task:str,              # what to learn

@@ -128,8 +128,8 @@ def keep(
     scorer:Scorer,   # of images
     least:float,     # the lowest score that is kept
     n:int=8,         # how many images
-    steps:int=50,    # of the sampler
-    eta:float=0.,    # fresh noise, see `sample`
+    steps:int=25,    # of the sampler
+    eta:float|str='auto', # fresh noise, see `sample`
     seed:int=0,      # of the noise
     limit:float=20., # draw at most this many images per image asked for
     scheduler:SchedulerMixin|None=None, # see `sample`
@@ -153,8 +153,8 @@ def best_of(
     scorer:Scorer,   # of images
     k:int=4,         # candidates per image
     n:int=8,         # how many images
-    steps:int=50,    # of the sampler
-    eta:float=0.,    # fresh noise, see `sample`
+    steps:int=25,    # of the sampler
+    eta:float|str='auto', # fresh noise, see `sample`
     seed:int=0,      # of the noise
     scheduler:SchedulerMixin|None=None, # see `sample`
 )->Kept:             # exactly n images, each the best of k rows of the seed, whatever its score
@@ -207,7 +207,7 @@ def _measure_pool(
     "Draw a pool, let filters choose, and measure what they keep."
     (model,), n = work.nets, row.images
     task, out = model.recipe.task, []
-    fixed = dict(eta=1., seed=row.seed, precision='fp32', progress=False)
+    fixed = dict(seed=row.seed, precision='fp32', progress=False)
     sample(model, 2, row.steps, **fixed)   # warms up
     start = time.process_time()
     x = sample(model, POOL*n, row.steps, **fixed).cpu()

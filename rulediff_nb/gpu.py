@@ -94,7 +94,7 @@ def low_precision(
     "Samples under bfloat16 autocast against float32's, the same rows of noise: rule_error's difference over chance."
     model = load_pretrained('sun_shadow_free', device=device)
     t = model.recipe.task
-    full, low = (sample(model, row.n, 25, 1., 9, precision=p) for p in ('fp32', 'bf16'))
+    full, low = (sample(model, row.n, 25, seed=9, precision=p) for p in ('fp32', 'bf16'))
     with range_known(): a, b = measure(t, full.cpu()), measure(t, low.float().cpu())
     def error(m): return dict(e=torch.where(m.readable, (m.b - m.a).abs()/(m.a + m.b), .45).mean(-1))
     draws = bootstrap(b, error, 500)['e'] - bootstrap(a, error, 500)['e']

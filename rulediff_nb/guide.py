@@ -461,10 +461,10 @@ class GuidedPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(self,
         batch_size:int=8,   # images
-        num_inference_steps:int=50, # of the scheduler
+        num_inference_steps:int=25, # of the scheduler
         scale:float=1.,     # of the guidance; 0: none
         label:int=ON,       # the class to be drawn
-        eta:float=0.,       # fresh noise, see `sample`
+        eta:float|str='auto', # fresh noise, see `sample`
         seed:int=0,         # row i's noise depends on (seed, i) alone
         output_type:str='pil', # "pil", "np" or "pt"
         return_dict:bool=True, # False: a tuple
@@ -647,7 +647,7 @@ def _measure_setting(
     g, labelled = _guidance_of(row, model.recipe.task, clf), row.method == 'classifier-free'
     if labelled: drawn_by = classifier_free(model, scale=row.scale)
     else: drawn_by = guided(model, g, WHEN[row.when](row.scale, model.recipe)) if g else model
-    fixed = dict(eta=1., seed=row.seed, precision='fp32', progress=False)
+    fixed = dict(seed=row.seed, precision='fp32', progress=False)
     sample(drawn_by, 2, row.steps, **fixed)   # warms up
     with counting(drawn_by) as nfe, counting(drawn_by, type(g)) as gradients:
         start = time.process_time()

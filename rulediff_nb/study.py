@@ -130,7 +130,7 @@ def rehearse(
     "Draw one image in two steps, so that a recipe that no sampler follows is refused before its training; ValueError says why."
     r = model.recipe
     if r.T < steps: raise ValueError(f"T must be at least {steps}, which the report takes, got {r.T}")
-    try: sample(model.eval(), 1, min(2, steps), 1., 0, precision='fp32')
+    try: sample(model.eval(), 1, min(2, steps), precision='fp32')
     except FloatingPointError as e: raise ValueError(f"betas={r.betas!r} with prediction={r.prediction!r} cannot be sampled: {e}") from e
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as e:
         what = f"channels={r.channels}, attention={r.attention}, head_dim={r.head_dim}, patch={r.patch}"
@@ -682,10 +682,10 @@ def measure_denoiser(
     model:RuleUNet,  # trained
     train:Tensor,    # its training set
     images:int=256,  # for the report
-    nfe:int=50,      # network evaluations per image
+    nfe:int=25,      # network evaluations per image
 )->dict:             # numbers
     "Denoising error, and the report of samples with its intervals."
-    x = sample(model, images, nfe, 1., 777, precision='fp32')
+    x = sample(model, images, nfe, seed=777, precision='fp32')
     with range_known(): report = rule_report(model.recipe.task, x.cpu(), train=train)
     return denoising_error(model) | dict(images=report.n, nfe=nfe) | report_columns(report, SCORES)
 
@@ -825,7 +825,7 @@ def _measure_brief(
 )->dict:                  # the images, by the task's name, and how many can be read
     "Images to hold the ruler against."
     (model,) = work.nets
-    x = sample(model, row.images, row.nfe, 1., 5, precision='fp32').cpu()
+    x = sample(model, row.images, row.nfe, seed=5, precision='fp32').cpu()
     m = measure(model.recipe.task, x)
     return {row.task: to_bytes(x), 'readable': m.readable.double().mean(), 'coarse': m.coarse.double().mean()}
 
