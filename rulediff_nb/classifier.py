@@ -33,11 +33,11 @@ from .core import check_images, check_int, in_own_settings, own_settings, row_ge
 from .metrics import share_interval
 from .schedule import add_noise, amplitudes, snr
 from .store import content_hash, load_manifest, load_network, save_release
-from .study import content_mark, keep_weights, load_kept, plain
+from .study import computable, content_mark, keep_weights, load_kept, plain
 from .table import Study, Work, register_study
 from .tasks import Task, get_task
-from .train import Batch, Run, Step, fit, train_steps
-from .unet import Recipe, entrance
+from .train import Batch, Run, Step, check_set, fit, train_steps
+from .unet import Recipe, check_middle, entrance
 
 # %% ../nbs/12_classifier.ipynb #20ff0faa
 CLASSES = ('down', None, 'up', 'coarse')   # label k is what `Task.sample` calls `violate`
@@ -97,7 +97,7 @@ def _sets(
 )->Iterator[tuple[NamedTuple,Tensor,int]]: # factors on the rule, (n,) margins, a seed of the set's own
     "A set of scenes for each margin; ValueError for margins that cannot be."
     margins = [margin] if isinstance(margin, (int, float)) or callable(margin) else list(margin)
-    if not margins or not all(callable(m) or 0 < m < 1 for m in margins):
+    if not margins or not all(callable(m) or isinstance(m, (int, float)) and 0 < m < 1 for m in margins):
         raise ValueError(f"margins must be in (0,1) canvas sides, got {margin}")
     for i, m in enumerate(margins):
         own = int(row_generator(check_int(seed, 'seed'), i, stream=5045).integers(2**62))
@@ -363,6 +363,7 @@ class RuleClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         self.register_to_config(recipe=dict(recipe), _use_default_values=[])   # for `from_config`, by position or by name
         r = self.recipe = ClassifierRecipe.from_dict(dict(recipe))
+        if any(r.attention): check_middle(r)
         self.abar = r.schedule().alphas_cumprod   # no buffer: half precision would round it to 1 at the first timesteps
         side, k = r.task.size//r.patch, len(r.channels)
         net = UNet2DModel(
@@ -484,12 +485,19 @@ def fit_classifier(
     for _ in classifier_steps(clf, seed, steps, n): pass
     return clf
 
+def _training_factors(
+    r:ClassifierRecipe, # of a classifier or a regressor
+    n:int, seed:int,    # images of each class for each margin, and what draws them
+)->tuple[NamedTuple,Tensor]: # factors of m scenes, and (m,) classes or (m,1) log(b/a)
+    "Contrastive scenes, or graded ones for a regressor; ValueError for margins that leave too few."
+    return contrastive_factors(r.task, n, seed, r.margins, r.classes) if r.classes else graded_factors(r.task, n, seed, r.margins)
+
 def _training_set(
     r:ClassifierRecipe, # of a classifier or a regressor
     n:int, seed:int,    # images of each class for each margin, and what draws them
 )->tuple[Tensor,Tensor]: # (m,3,s,s) in [-1,1], and (m,) classes or (m,1) log(b/a)
-    "Contrastive images, or graded ones for a regressor."
-    f, y = contrastive_factors(r.task, n, seed, r.margins, r.classes) if r.classes else graded_factors(r.task, n, seed, r.margins)
+    "The images of `_training_factors`."
+    f, y = _training_factors(r, n, seed)
     return r.task.render(f), y
 
 def classifier_steps(
@@ -543,8 +551,23 @@ class TrainedClassifier(NamedTuple):
         return roles[self.role] | dict(self.changes)
 
     def recipe(self)->ClassifierRecipe: # of the network and its training
-        "The recipe; ValueError for an unknown task, palette, role or preset."
-        return classifier_recipe(self.preset, get_task(self.task, palette=self.palette), **self._changes())
+        "The recipe; ValueError for an unknown task, palette, role, preset or field."
+        try: return classifier_recipe(self.preset, get_task(self.task, palette=self.palette), **self._changes())
+        except TypeError as e: raise ValueError(f"{self.preset} with {self.changes}: {str(e).split('() ')[-1]}") from e
+
+    def check(self,
+        device:torch.device, # to train on
+    ):
+        "Refuse what training or keeping would refuse later: ValueError or TypeError."
+        check_int(self.steps, 'steps', 1), check_int(self.seed, 'seed'), check_int(self.n, 'n', 1)
+        r, _ = self.recipe(), plain(self._asdict(), 'the training')
+        f, y = _training_factors(r, self.n, self.seed)
+        x = r.task.render(type(f)(*(v[:1] for v in f)))
+        with computable(r):
+            clf = classifier(self.preset, r.task, self.seed, **self._changes()).to(device)
+            with torch.no_grad(): clf.eval()(x.to(device).expand(2, -1, -1, -1), 0)   # group norms refuse single values, which no batch has
+        ClassifierRun(clf, self.steps, self.seed)   # refuses by itself what it cannot train here
+        check_set(clf, x, y[:1])
 
     def images(self)->tuple[Tensor,Tensor]: # (m,3,s,s) in [-1,1], and (m,) classes or (m,1) log(b/a)
         "The training set."

@@ -14,8 +14,17 @@ __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'DEMO_FILES', 'RULE
            'write_report', 'report', 'states_of_files', 'doctor', 'commands', 'card', 'command_parser', 'run_command',
            'steady_streams', 'one_stop', 'main']
 
+# %% ../nbs/90_cli.ipynb #c90run01
+import sys
+from fastcore.imports import IN_NOTEBOOK
+
+# %% ../nbs/90_cli.ipynb #97755724
+if __name__ == '__main__' and not IN_NOTEBOOK:   # python -m rulediff_nb.cli, which must not import torch before its settings are made
+    from rulediff_nb.__main__ import main
+    sys.exit(main())
+
 # %% ../nbs/90_cli.ipynb #bc776a05
-import argparse, ast, difflib, inspect, io, math, os, platform, shlex, signal, sys, textwrap, threading, time, zipfile, zlib
+import argparse, ast, difflib, inspect, io, math, os, platform, shlex, signal, textwrap, threading, time, zipfile, zlib
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
@@ -32,7 +41,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from fastcore.docments import docments
-from fastcore.imports import IN_NOTEBOOK
 from torch import Tensor
 
 import rulediff_nb
@@ -478,7 +486,7 @@ def train(
     "Train a model on a task, resuming a checkpoint of the same run, and write weights with a manifest."
     task = find_task(task, palette)
     known(preset, 'preset', PRESETS), check_int(steps, 'steps', 1), check_int(seed, 'seed'), check_int(score, 'score', 64, 100_000)
-    x0, _ = task.sample(check_int(n, 'n') or task.paper_n, seed)
+    n = check_int(n, 'n') or task.paper_n
     fields, here = changes(preset, lr, attention) | parse_change(change), PartialState()
     model, remarks, batches = begin(unet(preset, task, seed, **fields), seed, start)
     tail = f'-after-{remarks["before"]}-{remarks["start_sha256"][:8]}' if start else ''
@@ -486,7 +494,7 @@ def train(
     folder = check_folder(Path(out)/f'{task.name}-{palette}-{preset}-{steps}-{seed}{tail}')
     check_release(weights or folder, f'{task.name}-{palette}')
     rehearse(model, REPORT['steps'])
-    work = train_steps(model.to(here.device), x0, folder, steps, batches, remarks=remarks, compiled=compiled)
+    work = train_steps(model.to(here.device), task.sample(n, seed)[0], folder, steps, batches, remarks=remarks, compiled=compiled)
     stands = stands_at(folder)
     bar = progress(work, steps, str(folder), lambda s: f'loss {s.loss:.4f}', initial=stands) if here.is_main_process else work
     for s in bar:
@@ -628,6 +636,7 @@ def run_rows(
 ):
     "Run a study, a line per row; ValueError at the end if rows failed."
     rows = chosen(study.plan(quick), only)
+    check_file(Path(out)/f'{study.name}.csv')
     print(outlook(study, rows, where, shipped and not quick), flush=True)
     for why in damaged_rows(study, rows, where).values(): print(f'rulediff: {why}; this result is not used', file=sys.stderr, flush=True)
     states = []
@@ -665,6 +674,7 @@ def study(
     if not 0 <= budget < math.inf: raise ValueError(f"budget must be 0 or more seconds, got {budget}")
     found = [s for s in studies().values() if s.public] if all else [find_study(name)]
     where, bad = str(pick_device(device)), []
+    if all: check_folder('runs')   # one sentence for all of them
     for s in found:
         folder = Path(out or f'runs/{s.name}{"-quick"*quick}')
         try: run_rows(s, str(folder), Where(str(folder), str(folder.parent/'trained'), where, threads), shlex.split(only), quick, not again,
@@ -969,8 +979,3 @@ def main(
         except KeyboardInterrupt:
             again = 'interrupted; finished files are whole, a training run or a study resumes with the same command'
             return _finish(128 + (seen[-1][0] if seen else signal.SIGINT), f'{said}: {again}')
-
-# %% ../nbs/90_cli.ipynb #97755724
-if __name__ == '__main__' and not IN_NOTEBOOK:   # python -m rulediff_nb.cli
-    from rulediff_nb.cli import main   # the module as workers find it, not this copy of it
-    sys.exit(main())

@@ -178,7 +178,14 @@ def check_range(
         raise ValueError(f"images must be in [-1,1], got [{low:.3g}, {high:.3g}]; for 0..255 use x/127.5 - 1")
     if 0 <= low < .3 and high - low > 1e-3 and not _RANGE_KNOWN.get():   # scenes in 0..1 go below .3
         warnings.warn(f"images must be in [-1,1], and these {len(x)} lie in [{low:.3g}, {high:.3g}], as images in 0..1 do: "
-                      "if that is their range, use 2*x - 1; if they are only pale, nothing is wrong", stacklevel=3)
+                      "if that is their range, use 2*x - 1; if they are only pale, nothing is wrong", stacklevel=_callers_level())
+
+def _callers_level()->int: # of `warnings.warn` in the function that asks
+    "How far up the first frame is that is neither this package's nor a decorator's; `skip_file_prefixes` does it from Python 3.12 on."
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get('__name__', '').partition('.')[0] in ('rulediff_nb', 'contextlib'):
+        frame, level = frame.f_back, level + 1
+    return level
 
 def to_8bit(
     x:Tensor, # (n,3,s,s) in [-1,1]
@@ -425,15 +432,26 @@ def save_images(
     else: raise ValueError(f"images are saved as .png or .npz, or into a folder (no ending), got {path.name}")
     return path
 
+def _decoded(
+    path:str|Path, # a picture
+)->tuple[str,np.ndarray]: # our text in it, empty where there is none; and (h,w,3) uint8
+    "Read a picture whole; ValueError for one that is damaged, OSError where there is none."
+    from PIL import Image
+    try:
+        with Image.open(path) as f: return f.info.get('rulediff_nb', ''), np.array(f.convert('RGB'))
+    except Exception as e:   # a decoder may raise anything
+        if isinstance(e, MemoryError) or str(path) in str(e): raise
+        raise ValueError(f"{path} is not a whole picture: {e or type(e).__name__}") from e
+
 def read_grid(
     path:str|Path, # a .png file that `save_images` wrote
 )->np.ndarray:     # (n,s,s,3) uint8
-    "Cut the images out of one picture; ValueError for a picture that does not say where they are."
-    from PIL import Image
-    with Image.open(path) as f: said, a = f.info.get('rulediff_nb', ''), np.array(f.convert('RGB'))
-    m = re.fullmatch(r'(\d+) images of (\d+) pixels, (\d+) in a row', said)
+    "Cut the images out of one picture; ValueError for one that is damaged, or does not say where they are."
+    said, a = _decoded(path)
+    m = re.fullmatch(r'(\d{1,9}) images of (\d{1,9}) pixels, (\d{1,9}) in a row', said)
     if m is None: raise ValueError(f"{path} is no grid that save_images wrote: it does not say where its images are")
     n, s, cols = map(int, m.groups())
+    if min(n, s, cols) < 1: raise ValueError(f"{path} says that it holds {said!r}, wanted 1 or more of each")
     if a.shape[:2] != (want := (-(-n//cols)*(s + 1) - 1, cols*(s + 1) - 1)):
         raise ValueError(f"{path} is {a.shape[0]} pixels high and {a.shape[1]} wide, its text wants {want[0]} and {want[1]}")
     return np.stack([a[i//cols*(s + 1):, i % cols*(s + 1):][:s, :s] for i in range(n)])

@@ -34,10 +34,10 @@ from .metrics import measured, report_columns, rule_report
 from .sample import check_model, sample
 from .schedule import amplitudes, snr, solve
 from .store import content_hash
-from .study import Shipped, content_mark, keep_weights, load_kept
+from .study import Shipped, content_mark, keep_weights, load_kept, rehearse
 from .table import Study, Work, register_study, results
 from .tasks import Task, get_task
-from .train import train_steps
+from .train import Run, check_set, train_steps
 from .unet import Recipe, RuleUNet, recipe, unet
 
 # %% ../nbs/13_guide.ipynb #2fcb56e3
@@ -509,8 +509,23 @@ class Labelled(NamedTuple):
     seed:int=0           # of training set, initial weights and batches
 
     def recipe(self)->Recipe: # with 3 classes
-        "The recipe."
-        return recipe('laptop', get_task(self.task, palette=self.palette), classes=3, label_drop=.1, **dict(self.changes))
+        "The recipe; ValueError for an unknown task, palette or field, or for one that is set here."
+        try: return recipe('laptop', get_task(self.task, palette=self.palette), classes=3, label_drop=.1, **dict(self.changes))
+        except TypeError as e: raise ValueError(f"laptop with {self.changes}: {str(e).split('() ')[-1]}") from e
+
+    def check(self,
+        device:torch.device, # to train on
+    ):
+        "Refuse what training, keeping or sampling would refuse later: ValueError or TypeError."
+        check_int(self.steps, 'steps', 1), check_int(self.seed, 'seed'), check_int(self.n, 'n', 1)
+        model, (x, y) = self._network().to(device), self.images()
+        Run(model, self.steps, self.seed)   # refuses by itself what it cannot train here
+        check_set(model, x, y)
+        rehearse(model, min(2, model.recipe.T))
+
+    def _network(self)->RuleUNet: # on the CPU, untrained
+        "What is trained."
+        return unet('laptop', self.recipe().task, self.seed, classes=3, label_drop=.1, **dict(self.changes))
 
     @property
     def key(self)->str: # a folder's name
@@ -541,8 +556,7 @@ class Labelled(NamedTuple):
         "Train, or resume."
         if self.weights(folder): return
         own, (x, y) = Path(folder)/self.key, self.images()
-        model = unet('laptop', self.recipe().task, self.seed, classes=3, label_drop=.1, **dict(self.changes)).to(device)
-        for s in train_steps(model, x, own, self.steps, self.seed, every=30., y=y): yield s.step
+        for s in train_steps(self._network().to(device), x, own, self.steps, self.seed, every=30., y=y): yield s.step
         keep_weights(own, self._file(folder), self.steps)
 
     def load(self,

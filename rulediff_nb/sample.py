@@ -622,7 +622,7 @@ def _measure_exactly(
     return report_columns(report, ('readable', 'rule_gap', 'error_px', 'marginals', 'joint', 'duplicates')) | dict(seed=SAMPLING_SEED)
 
 register_study(Study('exact', 'which sampler covers a task, seen on its exact denoiser', _exactly, _measure_exactly,
-                     keys=('task', 'scheduler', 'steps', 'eta', 'n'), 
+                     keys=('task', 'scheduler', 'steps', 'eta', 'n'),
                      shown=('marginals', 'marginals_bound', 'marginals_factor', 'marginals_shift', 'flags')))
 
 # %% ../nbs/08_sample.ipynb #08half01

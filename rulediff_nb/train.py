@@ -1,4 +1,4 @@
-"""A run is a function of its recipe, seed, length and training set: stop it, peek into it, kill it and resume it, and the bits come out the same.
+"""On one machine a run is a function of its recipe, seed, length and training set: stop it, peek into it, kill it and resume it, and the bits come out the same.
 
 Docs: https://rulediff.github.io/rulediff_nb/train.html.md"""
 
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .core import check_images, check_int, own_settings, row_generator
 from .schedule import FiniteSet, add_noise, min_snr_weight, snr, target
-from .store import StoreError, content_hash, load_tensors, save_tensors
+from .store import StoreError, check_json, content_hash, load_tensors, save_tensors
 from .table import provenance
 from .unet import Recipe, RuleUNet, check_labels
 
@@ -159,7 +159,7 @@ def label_among(
 def check_network(
     net:torch.nn.Module, # that shall be trained
 ):                       # nothing: it passes or raises
-    "ValueError names what a run cannot train, or could not resume to the same bits."
+    "ValueError names what a run cannot train, or could not resume to the same bits on the same machine, threads and device."
     if not any(p.requires_grad for p in net.parameters()): raise ValueError("every parameter of this network is frozen: there is nothing to train")
     wrong = sorted({str(p.dtype) for p in net.parameters()} - {'torch.float32'})
     if wrong: raise ValueError(f"a network is trained in float32 (`precision` of its recipe says how it computes), got {wrong[0]}: use model.float()")
@@ -426,7 +426,8 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as e: raise StoreError(f"another run is at work in {folder}: wait for it, or choose another folder") from e
-    except OSError as e: raise StoreError(f"cannot write to {folder}: {e.strerror}") from e
+    except (OSError, NotImplementedError) as e:   # filelock's word for a file system without locks is the second
+        raise StoreError(f"cannot write to {folder}: {getattr(e, 'strerror', None) or e}") from e
     for half in folder.glob('.checkpoint.safetensors.*'): half.unlink()
     return lock
 
@@ -479,13 +480,13 @@ def _train_steps(
     y:Tensor|None, compiled:bool, run_type:type[Run], # see `train_steps`
 )->Iterator[Step]:  # one per step
     "The generator behind `train_steps`."
-    y = check_set(model, x0, y)
+    remarks, y = check_json(remarks or {}, 'remarks'), check_set(model, x0, y)
     run, path = run_type(model.train(), steps, seed, compiled), Path(folder)/'checkpoint.safetensors'
     data = dict(x0=x0) if y is None else dict(x0=x0, y=y)
-    about = dict(provenance(run.device), **remarks or {}, images_in_set=len(x0), images_sha256=content_hash(data, {}), seconds=0.)
+    about = dict(provenance(run.device), **remarks, images_in_set=len(x0), images_sha256=content_hash(data, {}), seconds=0.)
     lock = claim(folder) if run.acc.is_main_process else None
     try:
-        about = _resume(run, path, about, remarks or {})
+        about = _resume(run, path, about, remarks)
         _remember(model, x0)
         with ended_by_term():
             yield from _saved_steps(run, x0.float().to(run.device), None if y is None else y.to(run.device), path, every, about)

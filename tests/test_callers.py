@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from rulediff_nb.classifier import RuleClassifier, classifier, fit_pixels, load_classifier, noised_outputs, pixel_classifier
-from rulediff_nb.core import explore, own_settings, progress
+from rulediff_nb.core import check_images, explore, own_settings, progress, to_bytes
 from rulediff_nb.features import layout
 from rulediff_nb.guide import Oracle, guided
-from rulediff_nb.metrics import real_images, rule_report
+from rulediff_nb.metrics import measure, real_images, rule_report
 from rulediff_nb.sample import ExactDenoiser, load_pretrained, sample, sample_steps
 from rulediff_nb.study import Denoiser
 from rulediff_nb.tasks import SunShadow, TwoCircles
@@ -228,6 +229,19 @@ def test_diffusers_round_trips(make, net, tmp_path):
     m.save_pretrained(tmp_path/"own")
     again = net.from_pretrained(tmp_path/"own")
     assert again.recipe == m.recipe and bits(list(again.state_dict().values())) == bits(list(m.state_dict().values()))
+
+
+PALE = torch.linspace(.05, 1, 9*3*32*32).view(9, 3, 32, 32)
+DOORS = dict(report=lambda: rule_report(T, PALE, draws=2), train=lambda: rule_report(T, T.sample(9, 0)[0], draws=2, train=PALE),
+             features=lambda: T.features(PALE), measure=lambda: measure("two_circles", PALE), check=lambda: check_images(PALE),
+             bytes=lambda: to_bytes(PALE), partial=partial(measure, T, PALE))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_warning_of_pale_images_names_the_callers_line(door):
+    with pytest.warns(UserWarning, match="as images in 0..1 do") as heard: DOORS[door]()
+    f = DOORS[door].__code__.co_firstlineno if door != "partial" else None
+    assert {w.filename for w in heard} == {__file__} and (f is None or abs(heard[0].lineno - f) <= 2)
 
 
 @pytest.mark.parametrize("test", [True, False])

@@ -18,6 +18,7 @@ from rulediff_nb.classifier import (
     PIXEL,
     PUBLISHED_MARGINS,
     SIGMAS,
+    ClassifierRow,
     ClassifierRun,
     RuleClassifier,
     ShippedClassifier,
@@ -49,7 +50,8 @@ from rulediff_nb.classifier import (
 from rulediff_nb.core import row_generator
 from rulediff_nb.schedule import best_accuracy, noise_schedule, snr
 from rulediff_nb.store import StoreError, load_manifest, save_release
-from rulediff_nb.table import KEPT, Work, find_study, results
+from rulediff_nb.study import run_study
+from rulediff_nb.table import KEPT, Study, Work, find_study, results
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.train import train_steps
 from rulediff_nb.unet import unet
@@ -327,6 +329,31 @@ def test_each_class_draws_a_scene_as_its_classes_are_drawn_alone():
 
 def test_an_untrained_recipe_is_that_of_its_network():
     assert classifier("laptop", "two_circles", **SMALL).recipe == classifier_recipe("laptop", "two_circles", **SMALL)
+
+
+@pytest.mark.parametrize("need,word", [
+    (dict(task="moon"), "unknown task 'moon'"), (dict(palette="blue"), "palette must be"), (dict(role="judge"), "role must be"),
+    (dict(task=get_task("two_squares")), "the training.task is of type TwoSquares, which JSON cannot hold"),
+    (dict(preset="none"), "unknown preset 'none'"), (dict(steps=0), "steps must be in"), (dict(seed=-1), "seed must be in"),
+    (dict(seed=1.5), "seed must be a whole number"), (dict(n=0), "n must be in"), (dict(changes=(("wings", 2),)), "wings"),
+    (dict(changes=(("margins", (.5,)),)), "a margin of 0.5 leaves too few"), (dict(changes=(("margins", ("a",)),)), "margins must be in"),
+    (dict(changes=(("patch", 3),)), "no network can work with .*patch=3"), (dict(changes=(("precision", "fp16"),)), "fp16 does not train on a CPU"),
+    (dict(changes=(("optimizer", "magic"),)), "optimizer must be one of"), (dict(changes=(("lr", math.nan),)), "lr must be a number"),
+    (dict(changes=(("classes", 5),)), "classes must be 3 or 4"), (dict(changes=(("attention", (True, False, False)),)), "channels must be at least"),
+    (dict(changes=(("channels", (48, 24)), ("attention", (True, False)))), "the last of channels must be at least head_dim")])
+def test_a_training_that_cannot_be_is_refused_before_any_work(need, word, tmp_path):
+    need = TrainedClassifier(**dict(task="two_squares", steps=2, n=2) | need)
+    with pytest.raises((ValueError, TypeError), match=word): need.check(torch.device("cpu"))
+    with pytest.raises((ValueError, TypeError), match=word):   # a study looks at all trainings before the first
+        study = Study("none", "", lambda quick: [ClassifierRow("two_squares", "fixed", s, 2, 12) for s in (0, 1)], lambda row, work: {},
+                      lambda row: (TrainedClassifier("two_squares", steps=2, n=2), need)[row.seed:row.seed + 1])
+        list(run_study(study, tmp_path/"r", workers=1))
+    assert not list(tmp_path.glob("trained/*"))
+
+
+@pytest.mark.parametrize("more", [dict(), dict(role="regressor"), dict(shuffled=True), dict(n=1, role="regressor"),
+                                  dict(changes=(("channels", (8,)*5), ("attention", (False,)*5)))])
+def test_a_training_that_can_be_passes(more): TrainedClassifier(**dict(task="two_squares", steps=2, n=2) | more).check(torch.device("cpu"))
 
 
 TINY = TrainedClassifier("two_squares", steps=8, n=4, changes=(*SMALL.items(), ("margins", (1/16,))))

@@ -99,6 +99,11 @@ def test_the_command_sets_what_must_be_set_before_torch(tmp_path):
         assert f"OMP_WAIT_POLICY is {want} (" in shell(f'{sys.executable} -c "{code}"', **env)[1]
 
 
+def test_the_module_of_the_commands_starts_as_the_package_does(tmp_path):
+    for env, want in (({}, "PASSIVE"), (dict(OMP_WAIT_POLICY="ACTIVE"), "ACTIVE")):
+        assert f"OMP_WAIT_POLICY is {want} (" in shell(f"{RULEDIFF}.cli doctor --out {tmp_path}", **env)[1]
+
+
 @pytest.mark.parametrize("command", cli.commands())
 def test_help(command, capsys):
     status, out, _ = run(capsys, command, "--help")

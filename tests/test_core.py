@@ -380,6 +380,22 @@ def test_a_picture_that_is_no_grid_is_refused(said, tmp_path):
     with pytest.raises(ValueError, match="x.png is"): read_grid(tmp_path/"x.png")
 
 
+@pytest.mark.parametrize("said", ["0 images of 16 pixels, 4 in a row", "4 images of 16 pixels, 0 in a row", "4 images of 0 pixels, 2 in a row"])
+def test_a_grid_of_nothing_is_refused(said, tmp_path):
+    from PIL import PngImagePlugin
+    (info := PngImagePlugin.PngInfo()).add_text("rulediff_nb", said)
+    Image.new("RGB", (16, 16)).save(tmp_path/"x.png", pnginfo=info)
+    with pytest.raises(ValueError, match=f"x.png says that it holds '{said}', wanted 1 or more of each"): read_grid(tmp_path/"x.png")
+
+
+def test_a_damaged_picture_is_named_wherever_it_ends(tmp_path):
+    blob = save_images(torch.linspace(-1, 1, 4*3*256).view(4, 3, 16, 16), tmp_path/"whole.png").read_bytes()
+    for end in range(len(blob) - 24):   # what comes after the pixels are checksums and an end
+        (tmp_path/"x.png").write_bytes(blob[:end])
+        with pytest.raises((ValueError, OSError), match="x.png"): read_grid(tmp_path/"x.png")
+    with pytest.raises(FileNotFoundError, match="none.png"): read_grid(tmp_path/"none.png")
+
+
 def test_folders_of_many_images_sort(tmp_path):
     x = torch.linspace(-1, 1, 10_001).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
     names = sorted(p.name for p in save_images(x, tmp_path/"many").iterdir())

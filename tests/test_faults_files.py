@@ -114,11 +114,40 @@ def test_train_looks_at_its_places_first(place, tiny, tmp_path, capsys, monkeypa
 
 @pytest.mark.parametrize("change,word", [
     ("T=10", "T must be at least 50, which the report takes, got 10"), ("betas=zero_snr prediction=epsilon sigma_data=0", "epsilon"),
-    ("channels=16,16,16", "no network can work with channels=(16, 16, 16)"), ("betas=linear beta_end=2", ""), ("beta_start=-1 betas=linear", "")])
+    ("channels=16,16,16", "channels must be at least head_dim, 48, where attention is on, got (16, 16, 16)"),
+    ("channels=16,16,16 attention=False,False,False", "the last of channels must be at least head_dim, 48"),
+    ("betas=linear beta_end=2", ""), ("beta_start=-1 betas=linear", "")])
 def test_train_refuses_a_recipe_that_could_not_be_measured(change, word, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "train_steps", at_work)
     assert word in fails(capsys, *TRAIN, "--out", tmp_path/"runs", "--change", change)
     assert not list(tmp_path.rglob("checkpoint.safetensors"))
+
+
+@POSIX
+@pytest.mark.parametrize("args,word", [
+    (TRAIN, "runs"), (("study", "toy"), "runs/toy"), (("study", "--all", "--quick"), "runs"), (("sample", "two_squares"), "samples.png"),
+    ((*REPORT, "png", "--out", "r.csv"), "r.csv"), (("demo",), "demo"), (("grid", "two_squares"), "runs/grid"), (("doctor",), "demo")])
+def test_a_read_only_working_folder_is_told_of_before_any_work(args, word, toy, pngs, tmp_path, capsys, monkeypatch):
+    "Rights that hold for root too: nothing can be made anew."
+    def read_only(call, making): return lambda path, *more, **kw: refuse(path) if making(more) else call(path, *more, **kw)
+    def refuse(path): raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(os, "open", read_only(os.open, lambda more: more[0] & os.O_CREAT))
+    monkeypatch.setattr(os, "mkdir", read_only(os.mkdir, lambda more: True))
+    monkeypatch.chdir(tmp_path)
+    for name in ("read_images", "load_pretrained", "train_steps", "demo_rows", "outlook", "run_study"): monkeypatch.setattr(cli, name, at_work)
+    monkeypatch.setattr(type(TASK), "sample", at_work)
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(capsys, *args)
+    said = out if args == ("doctor",) else err   # among the rest of what it looks at
+    assert status == 1 and f"cannot write {word}" in said.replace("write to", "write") and "Permission denied" in said
+    assert (args == ("doctor",) or out == "") and err.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_network_that_torch_cannot_compute_is_named_by_its_fields(monkeypatch):
+    def broken(*args, **kw): raise RuntimeError("shapes do not fit\nmore")
+    monkeypatch.setattr("rulediff_nb.study.sample", broken)
+    with pytest.raises(ValueError, match=r"no network can work with channels=\(64, 64, 96\), .*patch=2: RuntimeError: shapes do not fit$"):
+        cli.rehearse(cli.unet("laptop", TASK), 2)
 
 
 def test_train_refuses_a_report_that_is_too_long(tmp_path, capsys):
@@ -263,13 +292,14 @@ def test_streams_that_python_lacks(stream, monkeypatch):
 
 
 @POSIX
-@pytest.mark.parametrize("line", [
-    "study ruler --quick --only task=two_circles --out $PWD/q",
-    "train two_squares --steps 2 --n 8 --score 64 --change 'channels=16,16,16 head_dim=8' --out $PWD/q"])
-def test_a_command_with_workers_or_bars_and_no_stream(line, tmp_path):
-    assert shell(f"{RULEDIFF} {line} <&- >&- 2>&-", tmp_path, PYTHONPATH=str(ROOT)) == (0, "", "")
+@pytest.mark.parametrize("command,line", [
+    (RULEDIFF, "study ruler --quick --only task=two_circles --out $PWD/q"),
+    (f"{RULEDIFF}.cli", "sample two_squares --n 2 --steps 1 --out $PWD/q/x.png"),
+    (RULEDIFF, "train two_squares --steps 2 --n 8 --score 64 --change 'channels=16,16,16 head_dim=8' --out $PWD/q")])
+def test_a_command_with_workers_or_bars_and_no_stream(command, line, tmp_path):
+    assert shell(f"{command} {line} <&- >&- 2>&-", tmp_path, PYTHONPATH=str(ROOT)) == (0, "", "")
     found = {p.name for p in (tmp_path/"q").rglob("*")}
-    assert "ruler.csv" in found if "study" in line else "two_squares-fixed.safetensors" in found
+    assert dict(study="ruler.csv", sample="x.png", train="two_squares-fixed.safetensors")[line.split()[0]] in found
 
 
 @POSIX

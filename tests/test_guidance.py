@@ -30,7 +30,7 @@ from rulediff_nb.guide import (
 )
 from rulediff_nb.store import load_tensors
 from rulediff_nb.study import Shipped, row_key, run_study
-from rulediff_nb.table import KEPT, Work, find_study, results
+from rulediff_nb.table import KEPT, Study, Work, find_study, results
 from rulediff_nb.tasks import get_task
 
 CPU = torch.device("cpu")
@@ -175,6 +175,22 @@ def test_a_labelled_denoiser_is_trained_once_and_resumes(tmp_path):
     assert all(torch.equal(v, whole[k]) for k, v in model.state_dict().items())   # a stop changes nothing
     keys = {need._replace(**c).key for c in ({}, dict(n=5), dict(seed=1), dict(steps=3), dict(palette="random"), dict(task="two_circles"))}
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize("need,word", [
+    (dict(task="moon"), "unknown task 'moon'"), (dict(palette="blue"), "palette must be"), (dict(steps=0), "steps must be in"),
+    (dict(n=0), "n must be in"), (dict(seed=-1), "seed must be in"), (dict(changes=(("wings", 1),)), "wings"),
+    (dict(changes=(("classes", 4),)), "multiple values .*'classes'"), (dict(changes=(("patch", 3),)), "size must be a multiple of 12"),
+    (dict(changes=(("precision", "fp16"),)), "fp16 does not train on a CPU"), (dict(changes=(("conditions", 1),)), "class labels or conditions"),
+    (dict(changes=(("betas", "zero_snr"), ("prediction", "epsilon"), ("sigma_data", 0.))), "epsilon cannot be predicted"),
+    (dict(changes=(("channels", (16, 16)), ("attention", (False, False)))), "the last of channels must be at least head_dim")])
+def test_a_labelled_denoiser_that_cannot_be_is_refused_before_any_work(need, word, tmp_path):
+    need = Labelled(**dict(task="two_squares", **TINY) | need)
+    with pytest.raises((ValueError, TypeError), match=word): need.check(CPU)
+    study = Study("none", "", lambda quick: [setting("none")], lambda row, work: {}, lambda row: (Labelled("two_squares", **TINY), need))
+    with pytest.raises((ValueError, TypeError), match=word): list(run_study(study, tmp_path/"r", workers=1))
+    assert not list(tmp_path.glob("trained/*"))
+    Labelled("two_squares", **TINY).check(CPU)
 
 
 @pytest.mark.parametrize("name", ["sweep", "guidance", "filters"])

@@ -262,6 +262,12 @@ def test_a_mark_beyond_the_run_is_refused(need, word):
     Denoiser("two_squares", changes=tuple(TINY.items()), steps=4, marks=(2, 4), at=2).check(CPU)
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_training_of_a_study_has_a_recipe_that_can_be(name):
+    study = find_study(name)
+    for quick in (True, False): assert all(n.key for r in study.plan(quick) for n in study.needs(r))
+
+
 @pytest.mark.parametrize("name", ["tasks", "palettes", "presets", "changes", "steps", "seeds"])
 def test_a_grid_of_nothing_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must hold at least one, got none"): grid(**dict(tasks=["two_squares"]) | {name: []})

@@ -35,6 +35,25 @@ def bits(model): return [p.detach().clone() for p in model.state_dict().values()
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+# ---------------------------------------------------------------- refused before the first step
+
+@pytest.mark.parametrize("remarks,error,said", [
+    (dict(a=torch.ones(2)), TypeError, r"remarks\.a is of type Tensor, which JSON cannot hold"), ({1: "a"}, TypeError, "remarks has the key 1"),
+    (dict(a=[dict(b=math.nan)]), ValueError, r"remarks\.a\[0\]\.b is nan"), (dict(where=Path("x")), TypeError, r"remarks\.where is of type \w*Path")])
+def test_remarks_that_json_cannot_hold_are_refused_before_the_first_step(remarks, error, said, tmp_path):
+    run = train_steps(net(), X0, tmp_path/"run", 2, every=1e9, remarks=remarks)
+    with pytest.raises(error, match=said): next(run)
+    assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("why,said", [(NotImplementedError("no flock here"), "no flock here"), (OSError("odd"), "odd"),
+                                      (OSError(95, "Operation not supported"), "Operation not supported")])
+def test_a_folder_that_cannot_be_claimed_is_named(why, said, tmp_path, monkeypatch):
+    def refuse(*args, **kw): raise why
+    monkeypatch.setattr("rulediff_nb.train.FileLock.acquire", refuse)
+    with pytest.raises(StoreError, match=f"cannot write to {tmp_path}: {said}$"): next(train_steps(net(), X0, tmp_path, 2))
+
+
 # ---------------------------------------------------------------- one run
 
 def test_a_seed_decides_everything():

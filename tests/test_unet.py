@@ -39,6 +39,24 @@ def test_a_recipe_survives_json(preset):
         assert back == r and hash(json.dumps(back.to_dict())) and back.task == get_task(task) and back.classes == 3
 
 
+@pytest.mark.parametrize("change", [dict(channels=(16, 16, 16)), dict(channels=(96, 40, 96), attention=(False, True, False)), dict(head_dim=97)])
+def test_a_width_without_room_for_a_head_is_refused(change):
+    with pytest.raises(ValueError, match=r"channels must be at least head_dim, \d+, where attention is on, got \(.*attention=\("):
+        recipe("laptop", TASK, **change)
+
+
+def test_the_middle_needs_room_for_a_head_too():
+    off = dict(channels=(16, 16), attention=(False, False))
+    with pytest.raises(ValueError, match=r"the last of channels must be at least head_dim, 17, .* got \(16, 16\)"): net(**off, head_dim=17)
+    assert answer(net(**off, head_dim=16)).isfinite().all()
+
+
+def test_a_width_that_heads_do_not_divide_computes():
+    "64 channels with heads of 48, as in the preset `laptop`, have one head; what it gives is brought back to 64."
+    heads = [(m.heads, m.to_q.out_features, m.to_q.in_features) for m in unet("laptop", TASK).modules() if hasattr(m, "to_q")]
+    assert set(heads) == {(1, 48, 64), (2, 96, 96)} and answer(unet("laptop", TASK).eval()).isfinite().all()
+
+
 def test_every_field_is_stored(): assert set(PRESETS["published"].to_dict()) == {f.name for f in fields(Recipe)}
 
 
