@@ -313,7 +313,7 @@ def _beside(
     "What a gate says beside its number."
     if more.get('bound') is None: return ''
     said = f"bound {_number(more['bound'])}"
-    if 'factor' not in more: return f"{_number(more['z'])} sd, {said}"
+    if 'factor' not in more: return f"{more['z']:.1f} sd, bound {more['bound']:.1f}"
     moved = '' if more.get('shift') is None else f" ({more['shift']:+.2f} sd, spread {_number(more.get('ratio'))})"
     return f"{said}, worst {more['factor']}{moved}"
 
@@ -497,7 +497,8 @@ def rule_report(
     rows['error_px'] = row('error_px', p90=point['error_px_90'].item(), p90_floor=floor['error_px_90'].item())
     rows['rule_gap'] = row('rule_gap', lost=point['lost'].item(), missed=point['missed'].item(), terciles=thirds, **apart)
     rows['readable'] = row('readable', **_more(readable(f, real.pool)))
-    rows |= _gates(task, f, real, _old_scenes(task, asked, train))
+    old = _old_scenes(task, asked, train)
+    rows |= _gates(task, f, real, old, None if old is None else _new_scenes(task, old))
     return RuleReport(task.spec(), len(x), {k: rows[k] for k in ROWS}, f, palette_notes(task, x, f, real), (m, real.floor, real.chance))
 
 def report_columns(
@@ -519,6 +520,13 @@ def _old_scenes(
     if train is None: train = trained_on(asked)
     return None if train is None else training_scenes(task, train)
 
+def _new_scenes(
+    task:Task, old:NamedTuple, # and the training set as scenes
+)->NamedTuple:                 # as many, which no model has seen
+    "A second set from the task, read if the first was read."
+    n = len(old.rgb)
+    return real_scenes(task, n, FLOOR_SEED - 1) if hasattr(old, 'readable') else task.factors(n, FLOOR_SEED - 1)
+
 def _more(
     gate:Gate, # of a report
 )->dict:       # details, and whether it fails
@@ -526,12 +534,13 @@ def _more(
     return gate.more | dict(failed=gate.failed)
 
 def _gates(
-    task:Task, f:NamedTuple, real:Real, old:tuple|None, # what the ruler read: of the images, of real ones, of the training set
-)->dict[str,Value]:                                          # rows
+    task:Task, f:NamedTuple, real:Real, # what the ruler read of the images and of real ones
+    old:tuple|None, new:tuple|None,     # the training set and another one as scenes, where it is known
+)->dict[str,Value]:                     # rows
     "The gates as rows: what real images have stands as the floor."
     def row(gate, floor):
         more = _more(gate)
         return Value(gate.value, more.pop('low', None), more.pop('high', None), floor, None, more)
     return dict(marginals=row(marginals(task, f, real.pool), 0.), joint=row(joint(task, f, real.pool), 0.),
                 duplicates=row(duplicates(task, f, real.pool), .01),
-                memorized=row(Gate(None, False, {}) if old is None else memorized(task, f, real.pool, old), .01))
+                memorized=row(Gate(None, False, {}) if old is None else memorized(task, f, real.pool, old, new), .01))

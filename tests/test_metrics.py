@@ -147,8 +147,8 @@ BROKEN = {  # control -> (name in metrics, what stands there instead), which the
         lambda m: m._replace(a=m.b, b=m.a))(plain(task, f))),
     "sides are sorted": ("bias", "measured", lambda task, f, plain=metrics.measured: (
         lambda m: m._replace(a=torch.maximum(m.a, m.b), b=torch.maximum(m.a, m.b)))(plain(task, f))),
-    "everything is a copy": ("memorized", "memorized", lambda task, f, pool, train: Gate(1., True, dict(low=1., high=1.))),
-    "nothing is a copy": ("memorized", "memorized", lambda task, f, pool, train: Gate(0., False, dict(low=0., high=0.))),
+    "everything is a copy": ("memorized", "memorized", lambda task, f, pool, train, other: Gate(1., True, dict(low=1., high=1.))),
+    "nothing is a copy": ("memorized", "memorized", lambda task, f, pool, train, other: Gate(0., False, dict(low=0., high=0.))),
     "marginals see nothing": ("collapse", "marginals", lambda task, f, pool: Gate(0., False, dict(bound=.1))),
     "marginals are always off": ("collapse", "marginals", lambda task, f, pool: Gate(1., True, dict(bound=.1))),
 }
