@@ -239,7 +239,8 @@ def _settings(
             for p in ('random', 'fixed') for c in conditions() if p == 'random' or c.varied != 'corner colours']
 
 register_study(Study('certificate', "the ruler's own error on known scenes", _settings, setting_line,
-                     keys=('task', 'palette', 'varied', 'amount'), shown=('error_px', 'error_px_90', 'within_1', 'readable', 'within_5', 'bias')))
+                     keys=('task', 'palette', 'varied', 'amount'), shown=('error_px', 'error_px_90', 'within_1', 'readable', 'within_5', 'bias'),
+                     reports=False))
 
 # %% ../nbs/03a_certificate.ipynb #d8086b4b
 def extent(
@@ -501,4 +502,4 @@ def _faulty(
     return [Faulty(t, p, k) for t in TASKS for p in ('random', 'fixed') for k in faults_of(t)]
 
 register_study(Study('refusals', 'what becomes of images with a fault, at every amount', _faulty, refusal_lines,
-                     keys=('task', 'palette', 'fault', 'object', 'amount'), shown=('accepted', 'low', 'high', 'coarse')))
+                     keys=('task', 'palette', 'fault', 'object', 'amount'), shown=('accepted', 'low', 'high', 'coarse'), reports=False))

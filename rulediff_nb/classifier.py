@@ -320,7 +320,7 @@ def _measure_pixels(
     return said | dict(accuracy_settled=right(net, x[rest], y[rest]).float().mean().item())
 
 register_study(Study('pixels', 'how often classifiers of clean images are right', _pixels, _measure_pixels,
-                     keys=('task', 'palette', 'net', 'epochs'), shown=('accuracy', 'accuracy_settled', 'cpu_seconds')))
+                     keys=('task', 'palette', 'net', 'epochs'), shown=('accuracy', 'accuracy_settled', 'cpu_seconds'), reports=False))
 
 # %% ../nbs/12_classifier.ipynb #2f0aa44f
 @dataclass(frozen=True)
@@ -732,7 +732,8 @@ def _measure_accuracy(
             yield said | share_columns(p.argmax(1) == y) | dict(bound=bayes_accuracy(three, sigma, 98))
 
 register_study(Study('accuracy', 'how often classifiers of noisy images are right, per margin and noise level', _accuracies, _measure_accuracy,
-                     _needs_classifier, keys=('task', 'palette', 'steps', 'margin_px', 'sigma'), shown=('accuracy', 'bound')))
+                     _needs_classifier, keys=('task', 'palette', 'steps', 'margin_px', 'sigma'), shown=('accuracy', 'bound'),
+                     reports=False))
 
 # %% ../nbs/12_classifier.ipynb #6b788969
 def calibration_error(
@@ -773,7 +774,8 @@ def _measure_calibration(
         yield said | share_columns(p.argmax(1) == y)
 
 register_study(Study('calibration', 'whether probabilities of classifiers are right, per noise level', _calibrations, _measure_calibration,
-                     _needs_classifier, keys=('task', 'palette', 'steps', 'sigma'), shown=('calibration', 'calibration_floor', 'accuracy')))
+                     _needs_classifier, keys=('task', 'palette', 'steps', 'sigma'), shown=('calibration', 'calibration_floor', 'accuracy'),
+                     reports=False))
 
 def _needs_regressor(row:ClassifierRow)->tuple: # its training
     "A row needs its regressor."
@@ -793,7 +795,7 @@ def _measure_regression(
                    mean_z2=(left/log_var.exp()).mean().item())
 
 register_study(Study('regression', 'how much of log(b/a) regressors explain, per noise level', _calibrations, _measure_regression,
-                     _needs_regressor, keys=('task', 'palette', 'steps', 'sigma'), shown=('r2', 'mean_z2')))
+                     _needs_regressor, keys=('task', 'palette', 'steps', 'sigma'), shown=('r2', 'mean_z2'), reports=False))
 
 # %% ../nbs/12_classifier.ipynb #c12a0010
 def release_classifier(

@@ -707,13 +707,13 @@ def best_settings(
 )->list[tuple[str,float,str]]: # method, scale, where it acts
     "Each method's lowest rule_gap and, if that fails the marginals gate, the lowest that passes; controls take what they control."
     here = swept[(swept.task == task) & (swept.palette == palette)]
-    gate = pd.concat([here.marginals_bound, here.marginals[here.method == 'none']]).max()
+    here = here.assign(gate=here.marginals_bound.clip(lower=here.marginals[here.method == 'none'].max()))   # each line has its own bound
     free, out = here.method == 'classifier-free', []   # up to a scale of 1 nothing is extrapolated
     pushed = here[(here.gradients > 0) | free & (here.scale > 1)].sort_values('rule_gap', kind='stable')
     for method in dict.fromkeys(m for m, *_ in TRIED):
         if method in SWEPT_ONLY or method not in set(pushed.method): continue
         ranked = pushed[pushed.method == CONTROLS.get(method, method)]
-        two = pd.concat([ranked[:1], ranked[ranked.marginals <= gate][:1]]).drop_duplicates(['scale', 'when'])
+        two = pd.concat([ranked[:1], ranked[ranked.marginals <= ranked.gate][:1]]).drop_duplicates(['scale', 'when'])
         out += [(method, float(s), w) for s, w in zip(two['scale'], two['when'])]
     return out
 

@@ -56,6 +56,7 @@ class Study:
     version:int = 1                 # raised when what `measure` means has changed: all rows are measured again
     alone:Callable[[NamedTuple],bool] = _beside_others # row -> whether nothing may run beside it, such as a speed
     public:bool = True              # False: its rows depend on the reader's own options, no table ships
+    reports:bool = True             # False: its numbers rest on the ruler alone, not on what a report makes of its readings
 
 STUDIES:dict[str,Study] = {}
 MODULES = 'certificate', 'sample', 'study', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # define studies; imported to look one up

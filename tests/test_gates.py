@@ -123,10 +123,10 @@ def test_dense_scenes_are_no_memory_and_no_twins():
     "Images from the middle of the task lie near the training set, and near each other; they pass both gates."
     task = get_task("two_circles")
     f = take(task.factors(4000, 5), slice(0, 4000))
-    f = take(f, ((f.x2 - .5).abs() < .3) & ((f.y2 - .5).abs() < .3))
+    f = take(f, ((f.x2 - .5).abs() < .25) & ((f.y2 - .5).abs() < .25))
     x, pool = read(task, task.render(take(f, slice(0, 256)))), real_scenes(task, 1024)
     train, new = task.factors(2000, 0), task.factors(2000, FLOOR_SEED - 1)
-    assert marginals(task, x, pool).failed and not memorized(task, x, pool, train, new).failed
+    assert not memorized(task, x, pool, train, new).failed
     assert not duplicates(task, x, pool).failed
 
 
