@@ -1,4 +1,4 @@
-"""A filter keeps the rule only as well as its scorer measures it; it pays in network evaluations, and in some tasks in marginals.
+"""A filter keeps the rule only as well as its scorer measures it; it pays in network evaluations, and it prefers images that its scorer finds easy.
 
 Docs: https://rulediff.github.io/rulediff_nb/filter.html.md"""
 

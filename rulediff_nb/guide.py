@@ -1,4 +1,4 @@
-"""Guidance adds a gradient to the model's prediction, so a guided model is again a model; it brings images nearer to the rule only where the classifier is accurate, and too much of it harms.
+"""Guidance adds a gradient to the model's prediction, so a guided model is again a model; whether it brings images nearer to the rule is decided by paired differences on several denoisers, against controls that know no rule.
 
 Docs: https://rulediff.github.io/rulediff_nb/guide.html.md"""
 
