@@ -380,9 +380,16 @@ class RuleReport:
         return (f"{self.task['name']} {self.task['palette']}, {self.n} images: rule_gap {_number(gap.value)} "
                 f"[{_number(gap.low)}, {_number(gap.high)}], readable {_number(ok.value)} (real {_number(ok.floor)})\n{said}")
 
+    def _parts(self)->list[str]: # one sentence or none
+        "Where the error lies: by thirds of the demanded length, near and far; in pixels, and as part of all error."
+        more = self.rows['rule_gap'].more if 'rule_gap' in self.rows else {}
+        groups = dict(zip(('short', 'middle', 'long'), more.get('terciles', ()))) | {k: more[k] for k in ('near', 'far') if k in more}
+        said = [f"{k} {_number(v['error_px'])} ({_number(v['weight'])})" for k, v in groups.items() if math.isfinite(v['weight'] or math.nan)]
+        return [f"Median miss in px (part of all error): {', '.join(said)}"] if said else []
+
     def _below(self)->list[str]: # sentences
-        "What stands under the table: failed gates, then notes."
-        flagged = [f"Flags: {', '.join(self.flags)}. With a flag, rule_gap says nothing about the task."] if self.flags else []
+        "What stands under the table: where the error lies, failed gates, then notes."
+        flagged = self._parts() + ([f"Flags: {', '.join(self.flags)}. With a flag, rule_gap says nothing about the task."] if self.flags else [])
         return flagged + [f'Note: {v}' for v in self.notes]
 
     def __str__(self)->str: # for a terminal

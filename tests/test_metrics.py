@@ -562,6 +562,18 @@ def test_a_report_flags_marginals_above_their_bound():
     assert beside(FRESH).startswith("bound ") and beside(FRESH[:1].expand(N, -1, -1, -1)).endswith("FLAG") and "FLAG" not in beside(FRESH)
 
 
+def test_the_report_says_where_the_error_lies():
+    sun = get_task("sun_shadow_free")
+    f = sun.factors(128, 9)
+    r = rule_report(sun, sun.render(f._replace(l2=(f.l2 + .5/32).clamp(max=.5))), draws=20)
+    line = next(v for v in str(r).splitlines() if v.startswith("Median miss in px"))
+    assert [w.split()[0] for w in line.split(": ")[1].split(", ")] == ["short", "middle", "long", "near", "far"] and line in r._repr_html_()
+    d = r.to_dict()["rule_gap"]
+    assert d["near"]["weight"] + d["far"]["weight"] == pytest.approx(1) and d["near"]["weight"] > d["near"]["share"]
+    assert sum(t["weight"] for t in d["terciles"]) == pytest.approx(1) and abs(d["far"]["error_px"] - .5) < .02
+    assert "near" not in report(FRESH).to_dict()["rule_gap"] and "near" not in str(report(FRESH))
+
+
 def test_exact_factors_stand_for_a_training_set():
     "They are what the ruler would have read, and need no reading."
     task = get_task("two_circles")
