@@ -1,4 +1,4 @@
-"""A number about a model means something only beside the same number for real images (floor) and for images without a rule (chance), and only while the images pass for the same task: fourteen ways to cheat are caught here.
+"""A number about a model means something only beside the same number for real images (floor) and for images without a rule (chance), and only while the images pass for images of the same task.
 
 Docs: https://rulediff.github.io/rulediff_nb/metrics.html.md"""
 

@@ -581,7 +581,8 @@ def _measure_setting(
     sch.set_timesteps(row.steps)
     with range_known():
         report = rule_report(model, x)
-        diff = paired_gap(model.task, measure(model.task, x), _reference(row._replace(steps=min(25, 10*row.steps)), work.device))
+        like = row._replace(scheduler='log sigma', steps=min(25, 10*row.steps), eta='auto', clip=True)
+        diff = paired_gap(model.task, measure(model.task, x), _reference(like, work.device))
     return dict(nfe=len(sch.timesteps)) | report_columns(report, MEASURED) | diff | dict(sample_seconds=took, seed=SAMPLING_SEED)
 
 def _shipped(

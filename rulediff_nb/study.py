@@ -9,7 +9,7 @@ __all__ = ['REPORTED', 'TIMESTEPS', 'SCORES', 'CURVES', 'BRIEF', 'RECIPES', 'Den
            'keep_weights', 'load_kept', 'Known', 'ruler_readings', 'report_readings', 'all_readings', 'ruler_mark',
            'report_mark', 'plain', 'row_inputs', 'outdated', 'row_key', 'Done', 'Where', 'damaged_rows',
            'provenance_mark', 'write_table', 'write_run', 'use_engine', 'row_states', 'chosen', 'run_study', 'ship',
-           'denoising_error', 'measure_denoiser', 'Cell', 'grid', 'Mark', 'Brief', 'pace', 'Choice']
+           'denoising_error', 'measure_denoiser', 'held_out_ratio', 'Cell', 'grid', 'Mark', 'Brief', 'pace', 'Choice']
 
 # %% ../nbs/08a_study.ipynb #b78672d7
 import itertools, json, math, os, time
@@ -27,8 +27,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from .core import check_int, default_device, range_known, row_noise, to_bytes
-from .metrics import GATES, measure, report_columns, rule_errors, rule_report
+from .core import check_int, default_device, range_known, row_generator, row_noise, to_bytes
+from .metrics import GATES, interval, measure, report_columns, rule_errors, rule_report, trained_on
 from .sample import Shipped as Shipped, sample
 from .schedule import add_noise, noise_schedule, snr, solve
 from .store import StoreError, check_file, check_folder, check_json, content_hash, fill_network
@@ -735,6 +735,39 @@ def measure_denoiser(
     x = sample(model, images, nfe, seed=777, precision='fp32')
     with range_known(): report = rule_report(model.recipe.task, x.cpu(), train=train)
     return denoising_error(model) | dict(images=report.n, nfe=nfe) | report_columns(report, SCORES)
+
+# %% ../nbs/08a_study.ipynb #heldout1
+def held_out_ratio(
+    model:RuleUNet, # trained
+    train:Tensor|None=None, # (N,3,s,s) its training set; None: what the model knows of it
+    n:int=256,      # images of each set, at most as many as it has
+    seed:int=98,    # of fresh images and noise; no run's
+    sigmas:Sequence[float]=(.2, .5, 1., 2., 5.), # noise over signal
+)->pd.DataFrame:    # a line per noise level: sigma, train, held_out, ratio, low, high
+    "Denoising error of training images over that of fresh ones; ValueError where no training set is known."
+    train = trained_on(model) if train is None else train
+    if train is None: raise ValueError("this model does not know its training set: give `train`")
+    n, device = min(check_int(n, 'n', 2), len(train)), next(model.parameters()).device
+    fresh, eps = model.recipe.task.sample(n, check_int(seed, 'seed'))[0], row_noise(seed, range(n), train.shape[1:], 31, device)
+    pick = torch.from_numpy(row_generator(seed, 0, stream=37).permutation(len(train))[:n])
+    order = torch.from_numpy(row_generator(seed, 1, stream=37).integers(n, size=(2, 1000, n)))
+    ln, lines = -.5*snr(model.abar).log(), []
+    for sigma in sigmas:
+        t = (ln - math.log(sigma)).abs().argmin().expand(n)
+        known, new = (_cleaning_error(model, x.to(device), t, eps).cpu() for x in (train[pick], fresh))
+        low, high = interval(known[order[0]].mean(1)/new[order[1]].mean(1))
+        a, b = known.mean().item(), new.mean().item()
+        lines.append(dict(sigma=sigma, train=a, held_out=b, ratio=a/b, low=low, high=high))
+    return pd.DataFrame(lines)
+
+@torch.no_grad()
+def _cleaning_error(
+    model:RuleUNet, x0:Tensor, t:Tensor, eps:Tensor, # a model, n images, their timesteps, their noise
+)->Tensor:                                           # (n,) float64
+    "Mean squared error of the clean image, image by image."
+    xt = add_noise(x0, t, eps, model.abar)
+    pred = torch.cat([model.predict(a, b) for a, b in zip(xt.split(64), t.split(64))])
+    return (solve(xt, pred, t, model.abar, model.recipe.prediction).x0 - x0).double().square().mean((1, 2, 3))
 
 # %% ../nbs/08a_study.ipynb #0ae69092
 class Cell(NamedTuple):

@@ -350,8 +350,8 @@ class SunShadow(Task):
     def near(self,
         f:NamedTuple, # factors or features
     )->Tensor:        # (n,) bool
-        "The sun stands less than a quarter of the canvas beside the pole, so that the shadow is short."
-        return f.l1 < .25
+        "The sun stands overhead, less than a tenth of the canvas beside the pole, so that the shadow is short."
+        return f.l1 < .1
 
     def with_dependent(self,
         f:SunFactors,  # n factors
