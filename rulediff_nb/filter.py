@@ -1,4 +1,4 @@
-"""A filter keeps the rule only as well as its scorer measures it; it pays in network evaluations, and in some tasks in marginals.
+"""A filter keeps the rule only as well as its scorer measures it; it pays in network evaluations, and it prefers images that its scorer finds easy.
 
 Docs: https://rulediff.github.io/rulediff_nb/filter.html.md"""
 
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from .classifier import ON, RuleClassifier, check_label, fit_pixels, pixel_classifier
 from .core import check_int, range_known
-from .guide import STUDIED, compared, counting, image_columns, near_misses
+from .guide import DENOISERS, EVERY, IMAGES, SEEDS, STUDIED, compared, counting, denoiser_of, image_columns, near_misses, training_of
 from .metrics import measure, rule_errors
 from .sample import check_model, sample
-from .study import Shipped
 from .table import Study, Work, register_study, results
 from .tasks import Task, get_task
 
@@ -175,7 +174,8 @@ class Pool(NamedTuple):
     palette:str  # "fixed" or "random"
     seed:int     # of the noise, and of the classifier that filters
     images:int   # asked for; `POOL` times as many are drawn
-    steps:int    # of the ancestral sampler
+    steps:int    # of the default sampler
+    denoiser:int=0 # 0: the shipped one; else the seed of one that is trained by the same recipe
 
 def filtered_rows(
     method:str,     # the first of each of `FILTERS`
@@ -217,27 +217,29 @@ def _measure_pool(
         start = time.process_time()
         rows, drawn = filtered_rows(method, scale, scorers.get(method), x, n)
         cost = dict(cpu_seconds=time.process_time() - start + per_image*drawn, nfe=row.steps*drawn/n, gradients=0., knows=math.nan)
-        out.append(dict(method=method, scale=scale, when='all') | cost | image_columns(model, x[rows], None if n >= 256 else task.sample(64, 0)[0]))
+        out.append(dict(method=method, scale=scale, when='all') | cost | image_columns(model, x[rows], training_of(row, task)))
     return out
 
 def _pools(
     quick:bool, # a small pool
 )->list[Pool]:  # rows
-    "The noise of the studies `sweep` and `guidance`."
+    "The noise of the studies `sweep` and `guidance`, and the latter's denoisers."
     if quick: return [Pool('two_squares', 'fixed', 1, 8, 2)]
-    return [Pool(t, 'fixed', seed, images, 25) for images, seeds in ((256, (100,)), (1024, (1, 2, 3))) for seed in seeds for t in STUDIED]
+    swept = [Pool(t, 'fixed', 100, 256, 25) for t in STUDIED]
+    return swept + [Pool(t, 'fixed', seed, IMAGES, 25, k) for seed in SEEDS for k in DENOISERS for t in (EVERY if k else STUDIED)]
 
 def _pool_needs(
     row:Pool, # of `filters`
 )->tuple:     # its denoiser
-    "A pool needs a shipped denoiser."
-    return (Shipped(row.task, row.palette),)
+    "A pool needs a denoiser."
+    return (denoiser_of(row),)
 
 def _with_oracles(
     df:pd.DataFrame, # lines of `filters`
 )->pd.DataFrame:     # see `compared`
-    "Filters beside the oracles of `sweep` and `guidance`, which start from the same noise."
-    return compared(df, pd.concat([results('sweep'), results('guidance')], ignore_index=True))
+    "Filters beside the oracles of `sweep` and `guidance`, which start from the same noise; a table of an earlier plan has other images."
+    tables = [t for t in (results('sweep'), results('guidance')) if 'denoiser' in t]
+    return compared(df, pd.concat(tables, ignore_index=True) if tables else df)
 
 register_study(Study('filters', 'what filters do to the rule, and at what price', _pools, _measure_pool, _pool_needs, finish=_with_oracles,
                      keys=('task', 'palette', 'method', 'scale'),

@@ -10,7 +10,7 @@ from rulediff_nb.certificate import (FIXED, GROWING, VARIED, Faulty, Precision, 
 from rulediff_nb.core import to_8bit
 from rulediff_nb.metrics import share_interval
 from rulediff_nb.table import KEPT, STUDIES, arrays, results
-from rulediff_nb.tasks import TASKS
+from rulediff_nb.tasks import TASKS, get_task
 
 PUBLISHED = {name: t.with_(palette="random") for name, t in TASKS.items()}
 CIRCLES, SUN = PUBLISHED["two_circles"], PUBLISHED["sun_shadow"]
@@ -200,3 +200,19 @@ def test_another_line_is_not_what_the_ruler_gives_today():
 
 def test_the_stored_images_are_whole():
     assert {k: v.shape for k, v in arrays("brief").items()} == dict.fromkeys(("two_circles", "sun_shadow_free"), (96, 32, 32, 3))
+
+
+def test_batches_through_the_gates():
+    "Copies that were hardly moved fail, real batches do not; a move has the length that it says."
+    from rulediff_nb.certificate import SHIFTS, Batches, batch_lines, shifted
+    from rulediff_nb.metrics import GATES
+    lines = list(batch_lines(Batches("two_circles", "fixed", 64, 4), None))
+    assert [(v["gate"], v["shift_px"]) for v in lines] == [*((k, 0.) for k in GATES), *(("memorized", s) for s in SHIFTS)]
+    assert sum(v["failed"] for v in lines[:5]) <= .25 and [v["failed"] for v in lines[5:7]] == [1, 1] and lines[-1]["failed"] < 1
+    assert all(v["low"] <= v["failed"] <= v["high"] and v["tried"] == 4 for v in lines)
+    for name in ("sun_shadow", "perspective", "two_circles"):
+        task = get_task(name)
+        f, g = task.factors(9, 0), shifted(task, task.factors(9, 0), .5)
+        moves = {k: (getattr(g, k) - getattr(f, k)).abs()*32 for k in f._fields if k != "rgb"}
+        assert {k for k, v in moves.items() if v.max() > 1e-4} <= {"sun_x", "l1", "x1", "x2", "y1", "y2"} - {task.length}
+        assert all(v.max() < .501 for v in moves.values()) and any((v - .5).abs().max() < 1e-3 for v in moves.values())

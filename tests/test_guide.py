@@ -15,6 +15,7 @@ from rulediff_nb.guide import (
     Guided,
     GuidedPipeline,
     Oracle,
+    OtherGuidance,
     Guidance,
     RegressorGuidance,
     ClassifierGuidance,
@@ -210,7 +211,7 @@ def test_a_gradient_of_another_shape_is_refused(g):
     with pytest.raises(ValueError, match=r"Odd must give a gradient of shape \(2, 3, 32, 32\), got"): sample(guided(net(), Odd(), 1.), 2, 3)
 
 
-@pytest.mark.parametrize("make", [ShuffledGuidance, lambda c: Guided(net(), c, 1.)])
+@pytest.mark.parametrize("make", [ShuffledGuidance, OtherGuidance, lambda c: Guided(net(), c, 1.)])
 def test_only_guidance_guides(make):
     with pytest.raises(TypeError, match="ClassifierGuidance"): make(clf())
 
@@ -300,6 +301,29 @@ def test_shuffled_guidance_is_the_same_in_other_places():
     assert torch.equal(g.flatten(1).sort().values, e.flatten(1).sort().values)
     assert torch.allclose(ShuffledGuidance(ClassifierGuidance(c))(None, x[1:], t[1:]), e[1:], atol=1e-6)         # whatever stands beside it
     assert abs((g*e).sum()/(g*g).sum()) < .2 and not torch.equal(e, ShuffledGuidance(ClassifierGuidance(c), 1)(None, x, t))
+
+
+def test_the_other_image_s_gradient_has_the_own_length():
+    c, x, t = clf(), row_noise(0, range(3), (3, 32, 32)), torch.tensor([100, 700, 400])
+    g, e = ClassifierGuidance(c)(None, x, t).flatten(1), OtherGuidance(ClassifierGuidance(c))(None, x, t).flatten(1)
+    assert torch.allclose(e.norm(dim=1), g.norm(dim=1), rtol=1e-4) and not torch.allclose(g.norm(dim=1), g.norm(dim=1).roll(1), rtol=.01)
+    def cosine(a, b): return torch.nn.functional.cosine_similarity(a, b)
+    assert (cosine(e, g.roll(1, 0)) > .9999).all() and (cosine(e, g) < .9).all()
+
+
+def test_the_other_image_s_gradient_composes_and_needs_another_image():
+    m, g = net(), OtherGuidance(ClassifierGuidance(clf()))
+    twice = ShuffledGuidance(OtherGuidance(g))
+    for made in (g, twice): assert (sample(guided(m, made, 4.), 3, 3) - sample(m, 3, 3)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="must hold at least 2 images, got 1"): sample(guided(m, g, 4.), 1, 3)
+
+
+@pytest.mark.parametrize("rows,want", [([0., 2., 3.], [0., 0., 1.]), ([math.nan, 2., 3.], [0., 0., 1.])])
+def test_where_either_gradient_is_missing_the_other_image_guides_nothing(rows, want):
+    m, t, x = net(), torch.full((3,), 300), row_noise(0, range(3), (3, 32, 32))
+    g = 1e-3*torch.tensor(rows).view(-1, 1, 1, 1)*torch.ones(3, 3, 32, 32)
+    with torch.no_grad(): moved = (guided(m, OtherGuidance(Fixed(g)), 1.).predict(x, t) - m.predict(x, t)).flatten(1).abs().amax(1)
+    assert ((moved > 0).float().tolist() == want) and moved.isfinite().all()
 
 
 class Grey(torch.nn.Module):
