@@ -11,7 +11,7 @@ MODEL = {"core", "tasks", "schedule", "unet", "store"}
 LAYERS = {  # module -> modules of the package that it may import
     "core": set(), "table": {"core"}, "tasks": {"core"}, "features": {"core", "tasks"},
     "gates": {"core", "tasks", "features"}, "metrics": {"core", "tasks", "features", "gates"},
-    "certificate": {"core", "table", "tasks", "features", "metrics"}, "trap": {"core", "tasks", "metrics"},
+    "certificate": {"core", "table", "tasks", "features", "gates", "metrics"}, "trap": {"core", "tasks", "metrics"},
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL | {"table"},
     "sample": MODEL | {"table", "metrics"}, "study": MODEL | {"table", "metrics", "train", "sample"},
     "gpu": MODEL | {"table", "metrics", "train", "sample", "study"}, "classifier": MODEL | {"table", "metrics", "train", "study"},
