@@ -10,9 +10,9 @@ __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'DEMO_FILES', 'RULE
            'demo_nets', 'demo_lines', 'check_sampling', 'side_by_side', 'Part', 'demo_parts', 'demo_rows', 'line_text',
            'readable_sides', 'save_demo', 'weights_state', 'sound_rows', 'demo_plan', 'demo', 'draw', 'check_pictures',
            'sample_images', 'weights_table', 'list_all', 'train', 'parse_change', 'changes', 'stage', 'begin',
-           'release', 'study_states', 'outlook', 'headline', 'run_rows', 'study', 'lines_where', 'table', 'grid',
-           'write_report', 'report', 'states_of_files', 'doctor', 'commands', 'card', 'command_parser', 'run_command',
-           'steady_streams', 'one_stop', 'main']
+           'release', 'study_states', 'earlier', 'outlook', 'headline', 'run_rows', 'study', 'lines_where', 'table',
+           'grid', 'write_report', 'report', 'states_of_files', 'doctor', 'commands', 'card', 'command_parser',
+           'run_command', 'steady_streams', 'one_stop', 'main']
 
 # %% ../nbs/90_cli.ipynb #c90run01
 import sys
@@ -54,7 +54,7 @@ from .metrics import Measured, RuleReport, measured, real_images, rule_report
 from .sample import PRECISIONS, WEIGHTS, Shipped, bf16_gains, load_pretrained, sample, sample_batches
 from .store import StoreError, check_file, check_folder, check_release, content_hash, list_releases, load_manifest, load_release, read_file
 from .store import save_release, sha256, write_atomic
-from .study import Done, Where, chosen, damaged_rows, rehearse, row_states, run_study
+from .study import Done, Where, chosen, damaged_rows, outdated, rehearse, row_states, run_study
 from .study import grid as grid_study
 from .study import ship as ship_table
 from .table import RESULTS, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, table_names
@@ -193,7 +193,7 @@ def _measure_demo(
         return Drawn(what, x, rule_report(work.nets[0], x, draws=1))   # no interval is shown
     return demo_lines([drawn(*v) for v in demo_nets(row, work.nets).items()])
 
-register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs,
+register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs, version=2,
                      keys=('task', 'palette', 'images'), shown=('rule_gap', 'readable', 'coarse', 'error_px', 'marginals', 'memorized')))
 
 # %% ../nbs/90_cli.ipynb #72481fd2
@@ -209,8 +209,8 @@ def check_sampling(
     check_int(n, 'n', least, 100_000), check_int(steps, 'steps', 1, 1000), check_int(seed, 'seed')
     if not math.isfinite(scale): raise ValueError(f"scale must be finite, got {scale}")
     try: number = eta if eta == 'auto' else float(eta)
-    except ValueError: number = math.nan
-    if number != 'auto' and not 0 <= number <= 1: raise ValueError(f"eta must be auto or in [0, 1], got {eta}")
+    except (TypeError, ValueError): number = math.nan
+    if number != 'auto' and not 0 <= number <= 1: raise ValueError(f"eta must be auto or in [0, 1], got {eta!r}")
     return number
 
 def side_by_side(
@@ -594,6 +594,13 @@ def study_states()->pd.DataFrame: # a line per study
         return f'{sum(d is not None and d.state != "failed" for d in row_states(s, rows))} of {len(rows)}'
     return pd.DataFrame([dict(study=s.name, rows=done(s), title=s.title) for s in studies().values() if s.public])
 
+def earlier(
+    name:str, # of a study
+)->str:       # a sentence; empty where its table is up to date, or where there is none that can be read
+    "Whether a stored table rests on an earlier version; what is wrong with a damaged one is said by `doctor`."
+    with suppress(OSError, ValueError, LookupError, TypeError): return outdated(name)
+    return ''
+
 def outlook(
     study:Study,             # a study
     rows:Sequence[NamedTuple], # of its plan
@@ -638,6 +645,7 @@ def run_rows(
     rows = chosen(study.plan(quick), only)
     check_file(Path(out)/f'{study.name}.csv')
     print(outlook(study, rows, where, shipped and not quick), flush=True)
+    if not quick and (said := earlier(study.name)): print(said, flush=True)
     for why in damaged_rows(study, rows, where).values(): print(f'rulediff: {why}; this result is not used', file=sys.stderr, flush=True)
     states = []
     for d in run_study(study, out, quick, only, device=where.device, threads=where.threads, trained=where.trained, shipped=shipped, **how):
@@ -666,7 +674,9 @@ def study(
 ):
     "List the studies, or run one, or what is missing of it, and write its table."
     if not name and not all:
-        print(text_table(study_states()))
+        print(text_table(study_states()), flush=True)
+        if old := [s.name for s in studies().values() if s.public and earlier(s.name)]:
+            print(f"\nmeasured by an earlier version: {', '.join(old)}; measured again by: rulediff study NAME")
         return
     if name and all or all and out: raise ValueError(f"--all runs every study, each in its own folder: leave out {name or '--out'}")
     if ship and (quick or only): raise ValueError("--ship wants the whole study: leave out --quick and --only")
@@ -725,10 +735,11 @@ def table(
     keep = lines_where(results(name, folder), where)
     if csv:
         head, *lines = (Path(folder)/f'{name}.csv').read_text('utf-8').splitlines()
-        print(head, *(v for v, k in zip(lines, keep) if k), sep='\n')
-        return
-    print(text_table(shown_table(name, folder, lambda df: keep), '{:g}'))
-    print(f"\n{keep.sum()} lines; measured again by: {about(name, folder)['command']}")
+        print(head, *(v for v, k in zip(lines, keep) if k), sep='\n', flush=True)
+    else:
+        print(text_table(shown_table(name, folder, lambda df: keep), '{:g}'))
+        print(f"\n{keep.sum()} lines; measured again by: {about(name, folder)['command']}", flush=True)
+    if folder == RESULTS and (said := earlier(name)): print(f'rulediff table: {said}', file=sys.stderr)
 
 def _words(
     text:str, # words between commas

@@ -115,14 +115,15 @@ def excess(
 
 @lru_cache(maxsize=256)
 def excess_bound(
-    n:int, m:int,   # distances on both sides
+    n:int,          # distances on one side
+    m:int,          # on the other
     parts:int=1,    # independent tests of which the largest counts
     at:tuple[float,...]=NEAR, # see `excess`
     alpha:float=ALPHA, # how often it may be exceeded
     draws:int=20000, # of the simulation
 )->float:           # standard deviations
     "What the largest excess of distances from one distribution stays under."
-    rng, q = row_generator(FLOOR_SEED, n, stream=33), np.array(at)
+    rng, q = row_generator(FLOOR_SEED, n, stream=5033), np.array(at)
     cells = rng.dirichlet(np.maximum(m*np.diff([0, *at, 1]), 1e-9), size=(parts, draws))   # what the quantiles of m numbers really cut off
     p = np.cumsum(rng.multinomial(n, cells), -1)[..., :-1]/n
     z = (p - q)/np.sqrt(q*(1 - q)*(1/n + 1/m))
@@ -133,7 +134,7 @@ def _nearness(
     found:Tensor, real:Tensor, # (n,) and (N,) distances
 )->tuple[float,float,float]:   # the share nearer than 1 % of the real ones, its 95 % interval
     "Images *and* threshold are resampled: the latter is an order statistic of the real images."
-    rng, n, N = row_generator(FLOOR_SEED, len(found), stream=34), len(found), len(real)
+    rng, n, N = row_generator(FLOOR_SEED, len(found), stream=5034), len(found), len(real)
     low = real.sort().values
     cut = low[torch.from_numpy((rng.beta(max(.01*N, 1), .99*N, 2000)*N).astype(np.int64)).clamp(max=N - 1)]
     p = (found[:, None] < cut).double().mean(0).numpy()

@@ -317,8 +317,9 @@ def suggestion(
     return f"the images look like {names}, palette {best.palette}: {best.readable} of {best.n} can be read then, {own} as {task.name} {task.palette}"
 
 # %% ../nbs/89_images.ipynb #4aab61f9
-SCHEMA = 2   # version of the columns below
-SHOWN = ('readable', 'coarse', 'rule_gap', 'error_px', 'bias', 'spread', 'slope', 'rho', 'r2_rule', 'within_5', 'marginals', 'memorized')
+SCHEMA = 3   # version of the columns below
+SHOWN = ('readable', 'coarse', 'rule_gap', 'error_px', 'bias', 'spread', 'slope', 'rho', 'r2_rule', 'within_5', 'marginals', 'joint', 'duplicates',
+         'memorized')
 
 def report_lines(
     report:RuleReport,  # what was measured

@@ -287,7 +287,8 @@ def outdated(
     df, study = results(name), find_study(name)
     now = {row_inputs(study, r) for r in study.plan(False)}
     old = int((~df.inputs.isin(now)).sum())
-    return f"{old} of {len(df)} lines of the table {name!r} were measured by an earlier version: rulediff study {name}" if old else ''
+    if not old: return ''
+    return f"{old} of {len(df)} lines of the table {name!r} were measured by an earlier version; measured again by: rulediff study {name}"''
 
 def row_key(
     study:Study,    # whose row it is

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ from rulediff_nb.core import read_grid, to_bytes
 from rulediff_nb.images import SCHEMA, SHOWN
 from rulediff_nb.sample import WEIGHTS, load_pretrained, sample
 from rulediff_nb.store import StoreError, list_releases, load_tensors, save_release
-from rulediff_nb.study import ship
+from rulediff_nb.study import run_study, ship
 from rulediff_nb.table import STUDIES, Study, read_table, register_study, results, studies, table_names
 from rulediff_nb.tasks import TASKS, get_task
 from rulediff_nb.train import train_steps
@@ -291,7 +292,7 @@ def test_parts_are_the_images_that_one_call_draws():
     finally: torch.set_num_threads(threads)
     nets = cli.demo_nets(row, [load_pretrained("two_squares"), load_classifier("two_squares")])
     for d, what in ((model, "model"), (pulled, "guided")):
-        assert d.what == what and (d.x - sample(nets[what], 10, 3, 1., 5)).abs().max() < 1e-3
+        assert d.what == what and (d.x - sample(nets[what], 10, 3, seed=5)).abs().max() < 1e-3
     assert (model.x - pulled.x).abs().max() > .01
 
 
@@ -313,7 +314,7 @@ def test_demo_is_the_study_demo(tmp_path, capsys):
     pd.testing.assert_frame_equal(a[["images", *SHOWN]], b[["images", *SHOWN]], rtol=1e-5)
     plan = [(r.task, r.palette) for r in STUDIES["demo"].plan(False)]
     assert sorted(plan) == sorted(tuple(k.rsplit("-", 1)) for k in list_releases(WEIGHTS))
-    assert [(r.task, r.palette) for r in cli.demo_plan("", 160, 25, 1., 0, 4.)] == plan
+    assert [(r.task, r.palette) for r in cli.demo_plan("", 160, 25, "auto", 0, 4.)] == plan
 
 
 def test_demo_again_gives_the_same_table(weights, tmp_path, capsys):
@@ -332,7 +333,9 @@ def test_a_model_that_has_learned_nothing_is_measured(weights, tmp_path, capsys,
     assert status == 0 and "two_squares" in out, err
 
 
-@pytest.mark.parametrize("args,word", [(["--n", "15"], "n must"), (["--eta", "1.5"], "eta"), (["--only", "moon"], "two_squares-fixed")])
+@pytest.mark.parametrize("args,word", [
+    (["--n", "15"], "n must"), (["--eta", "1.5"], "eta must be auto or in [0, 1], got '1.5'"), (["--eta", "much"], "got 'much'"),
+    (["--eta", "nan"], "got 'nan'"), (["--only", "moon"], "two_squares-fixed")])
 def test_demo_refuses_before_it_works(args, word, weights, tmp_path, capsys):
     assert word in fails(capsys, "demo", *args, "--out", tmp_path/"d") and not (tmp_path/"d").exists()
 
@@ -395,7 +398,7 @@ def test_an_interrupted_demo(tmp_path):
 
 # ---------------------------------------------------------------- samples and contents
 
-def drawn(n=5, **kw): return to_bytes(sample(load_pretrained("two_squares"), n, 3, **(dict(eta=1., seed=7) | kw)))
+def drawn(n=5, **kw): return to_bytes(sample(load_pretrained("two_squares"), n, 3, **(dict(seed=7) | kw)))
 
 
 ARGS = "sample", "two_squares", "--n", 5, "--steps", 3, "--seed", 7
@@ -417,6 +420,29 @@ def test_samples_follow_their_options(tmp_path, capsys):
     plain, pulled = pixels(), pixels("--scale", 20)
     assert plain.shape == pulled.shape and np.abs(plain.astype(int) - pulled).max() > 8
     assert not np.array_equal(pixels("--palette", "random"), plain)
+
+
+def test_eta_is_auto_or_a_number(tmp_path, capsys):
+    def pixels(*more):
+        assert run(capsys, *ARGS, "--out", tmp_path/"x.npz", *more)[0] == 0
+        return np.load(tmp_path/"x.npz")["images"]
+    auto = drawn(eta="auto")
+    assert np.array_equal(pixels(), auto) and np.array_equal(pixels("--eta", "auto"), auto) and np.array_equal(pixels("--eta", ".5"), drawn(eta=.5))
+    assert not np.array_equal(auto, drawn(eta=.5))
+    for wrong in ("Auto", "", "1,0", "-.1", "inf", "nan", "2"):
+        assert f"eta must be auto or in [0, 1], got {wrong!r}" in fails(capsys, *ARGS, f"--eta={wrong}", "--out", tmp_path/"y.npz")
+    assert not (tmp_path/"y.npz").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "demo"])
+def test_the_help_of_eta_names_what_it_may_be(command, capsys):
+    said = " ".join(run(capsys, command, "--help")[1].split())
+    assert "--eta STR fresh noise: auto (" in said and "or a number: 0 none to 1" in said and "(default: auto)" in said
+
+
+def test_eta_may_be_a_number_in_python():
+    assert [cli.check_sampling(1, 1, v, 0, 0.) for v in ("auto", 0, 1., "0.5")] == ["auto", 0., 1., .5]
+    for wrong in (None, [], 1.01): pytest.raises(ValueError, cli.check_sampling, 1, 1, wrong, 0, 0.).match("eta must be auto or in")
 
 
 def test_samples_of_a_readers_own_weights(tmp_path, capsys):
@@ -602,10 +628,44 @@ def test_all_studies(toy, tmp_path, capsys, monkeypatch):
 
 def test_studies_are_listed_with_their_rows(capsys, toy):
     status, out, _ = run(capsys, "study")
-    rows = {v.split()[0]: v for v in out.splitlines()}
+    rows = {v.split()[0]: v for v in out.splitlines() if v}
     assert status == 0 and re.match(r"ruler +10 of 10 +what the ruler", rows["ruler"])
     assert re.match(r"toy +no table ships, 4 rows +is the coin fair\?", rows["toy"])
     for name in table_names(): assert re.match(rf"{name} +\d+ of {len(STUDIES[name].plan(False))} ", rows[name])
+    old = ", ".join(k for k, s in studies().items() if k in table_names() and cli.outdated(k))
+    said = [v for v in out.splitlines() if "earlier version" in v]
+    assert said == ([f"measured by an earlier version: {old}; measured again by: rulediff study NAME"] if old else [])
+
+
+@pytest.fixture
+def aged(toy, tmp_path, monkeypatch):
+    "The toy study ships a table, and has been given another version since."
+    list(run_study(toy, tmp_path/"first", workers=1)), ship(toy, tmp_path/"first", tmp_path/"shelf")
+    for place in ("rulediff_nb.study.results", "rulediff_nb.cli.results"):
+        monkeypatch.setattr(place, lambda name, folder=tmp_path/"shelf": results(name, folder if folder != table.RESULTS else tmp_path/"shelf"))
+    return again(toy, version=2)
+
+
+SAID = "4 of 4 lines of the table 'toy' were measured by an earlier version; measured again by: rulediff study toy"
+
+
+def test_an_outdated_table_is_told_of_by_its_study(aged, tmp_path, capsys):
+    out = run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")[1].splitlines()
+    assert out[:2] == ["toy: 4 rows, 0 there, 4 to do, without a training", SAID] and out[2].startswith("fair seed=0")
+    assert SAID not in run(capsys, "study", "toy", "--quick", "--workers", 1, "--out", tmp_path/"q")[1]
+    assert re.search("earlier version: (.+, )?toy; measured again", run(capsys, "study")[1])
+    again(aged, version=1)
+    assert "earlier version" not in run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")[1]
+
+
+def test_a_table_of_a_readers_own_is_not_called_outdated(aged, tmp_path, capsys):
+    assert run(capsys, "table", "toy", "--folder", tmp_path/"first")[2] == ""
+
+
+def test_what_is_wrong_with_a_table_does_not_stop_the_list(monkeypatch):
+    for error in (OSError("gone"), ValueError("no table"), KeyError("inputs"), TypeError("odd")):
+        monkeypatch.setattr(cli, "outdated", mock.Mock(side_effect=error))
+        assert cli.earlier("toy") == ""
 
 
 def test_unknown_studies_and_tables_name_the_nearest(capsys):
@@ -617,10 +677,11 @@ def test_unknown_studies_and_tables_name_the_nearest(capsys):
 @pytest.mark.parametrize("name", table_names())
 def test_every_stored_table_can_be_printed(name, capsys):
     status, out, err = run(capsys, "table", name)
-    assert status == 0 and err == "" and out.rstrip().endswith(f"{len(results(name))} lines; measured again by: rulediff study {name}")
+    told = f"rulediff table: {said}\n" if (said := cli.outdated(name)) else ""
+    assert status == 0 and err == told and out.rstrip().endswith(f"{len(results(name))} lines; measured again by: rulediff study {name}")
     assert set(cli.shown_table(name).columns) == set(out.splitlines()[0].split())
-    status, out, _ = run(capsys, "table", name, "--csv")
-    assert status == 0 and out == (table.RESULTS/f"{name}.csv").read_text()
+    status, out, err = run(capsys, "table", name, "--csv")
+    assert status == 0 and err == told and out == (table.RESULTS/f"{name}.csv").read_text()
 
 
 def test_tables_are_listed(capsys):

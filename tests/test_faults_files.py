@@ -113,7 +113,7 @@ def test_train_looks_at_its_places_first(place, tiny, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("change,word", [
-    ("T=10", "T must be at least 50, which the report takes, got 10"), ("betas=zero_snr prediction=epsilon sigma_data=0", "epsilon"),
+    ("T=10", "T must be at least 25, which the report takes, got 10"), ("betas=zero_snr prediction=epsilon sigma_data=0", "epsilon"),
     ("channels=16,16,16", "channels must be at least head_dim, 48, where attention is on, got (16, 16, 16)"),
     ("channels=16,16,16 attention=False,False,False", "the last of channels must be at least head_dim, 48"),
     ("betas=linear beta_end=2", ""), ("beta_start=-1 betas=linear", "")])

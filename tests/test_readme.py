@@ -5,8 +5,9 @@ import sys
 import time
 
 import pytest
+import yaml
 from make_readme import readme, relink
-from tree import NBS, ROOT, clean_env, read_nb
+from tree import NBS, ROOT, clean_env, read_nb, source
 
 INDEX, README = NBS/"index.ipynb", ROOT/"README.md"
 written = pytest.mark.skipif(not INDEX.exists(), reason="nbs/index.ipynb is not written yet")
@@ -36,6 +37,21 @@ def test_code_runs(record):
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8"))
     assert not [t for t in targets if not re.match(r"[a-z]+:", t) and not (ROOT/t).exists()]
+
+
+def minutes(path):
+    "What a notebook says of its length: to read, and for the exercises; - where it says nothing."
+    said = re.search(r"\*Time: ([^*]*?)(?:\. |\*)", "\n".join(source(c) for c in read_nb(path)["cells"][:4]))
+    return " + ".join(re.findall(r"\b\d+\b", said[1])) if said else "-"
+
+
+@written
+def test_the_course_map_is_the_sidebar_with_times():
+    rows = re.findall(r"(?m)^\| ([^|]*) ?\| \[(\w+)\]\((\w+\.ipynb)\) \| [^|]+ \| ([^|]+) \|", "\n".join(source(c) for c in read_nb(INDEX)["cells"]))
+    sections = [s for s in yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["sidebar"]["contents"] if isinstance(s, dict)]
+    assert [file for _, _, file, _ in rows] == [f for s in sections for f in s["contents"]]
+    assert [part.strip() for part, *_ in rows if part.strip()] == [s["section"] for s in sections]
+    for _, name, file, said in rows: assert file == f"{name}.ipynb" and said == minutes(NBS/file), f"{file}: {said}, expected {minutes(NBS/file)}"
 
 
 @written

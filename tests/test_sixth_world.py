@@ -116,8 +116,9 @@ def test_it_is_measured():
     real, up, coarse, free = (rule_report(task, task.sample(n, 7, violate=v)[0]) for v in (None, "up", "coarse", "free"))
     assert tuple(real.rows) == ROWS and real.readable > .98 and abs(real.rule_gap) < .02 and real.coarse == real.readable
     assert abs(up.error_px - 1) < .05 and up.bias > .02 and coarse.coarse == 0 and abs(free.rule_gap - 1) < .3
-    assert real.rows["marginals"].value < real.rows["marginals"].more["real_high"]
-    assert rule_report(task, task.sample(32, 9)[0], train=task.sample(64, 9)[0]).memorized == 1
+    assert real.rows["marginals"].value < real.rows["marginals"].more["bound"] and real.flags == () and "near" not in real.rows["rule_gap"].more
+    copied = rule_report(task, task.sample(32, 9)[0], train=task.sample(64, 9)[0])
+    assert copied.memorized == 1 and copied.flags == ("memorized",)
     assert json.dumps(real.to_dict(), allow_nan=False) and "wheel" in str(real)
 
 

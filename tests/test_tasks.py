@@ -345,6 +345,27 @@ def test_small_bars(px, share):
     assert abs(found - share) < .005 + 3*math.sqrt(share*(1 - share)/4000)
 
 
+@pytest.mark.parametrize("name,share", [("sun_shadow", .502), ("sun_shadow_free", .599)])
+def test_near_suns_stand_less_than_a_quarter_of_the_canvas_beside_the_pole(name, share):
+    for task in (PUBLISHED[name], TASKS[name].with_(size=64)):
+        f = task.factors(4000, 5)
+        near, off = task.near(f), (f.sun_x - f.pole_x).abs()
+        assert near.dtype == torch.bool and near.shape == (4000,) and abs(near.double().mean() - share) < .03
+        assert off[near].max() < .25 <= off[~near].min() + 1e-6
+
+
+def test_near_can_be_asked_of_what_the_ruler_reads():
+    task = TASKS["sun_shadow_free"]
+    x, f = task.sample(64, 5)
+    seen = task.features(x)
+    same = (task.near(seen) == task.near(f)) | ((f.l1 - .25).abs() < .01)   # but for those on the border
+    assert same[seen.readable].all()
+
+
+@pytest.mark.parametrize("name", [k for k in NAMES if not k.startswith("sun")])
+def test_other_tasks_know_no_near_and_far(name): assert PUBLISHED[name].near(factors(name, 8)) is None
+
+
 @pytest.mark.parametrize("size,px", [(32, 1.), (32, 2.1), (32, 4.), (64, 8.), (16, 2.)])
 def test_min_px_is_kept(size, px):
     task = Perspective(size=size, min_px=px)

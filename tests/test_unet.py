@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rulediff_nb.core import row_noise
+from rulediff_nb.sample import Redrawn, load_pretrained
 from rulediff_nb.tasks import SunShadow, get_task
 from rulediff_nb.unet import PUBLISHED_EPOCHS, PRESETS, Condition, Recipe, RuleUNet, check_labels, grow, recipe, unet
 
@@ -274,3 +275,30 @@ def test_weights_of_another_network_are_not_grown(kw):
     (dict(precision="fp99"), "precision")])
 def test_recipes_that_cannot_be_are_refused(change, word):
     with pytest.raises(ValueError, match=word): unet("laptop", "two_squares", **change)
+
+
+# ---------------------------------------------------------------- the training set as scenes
+
+def test_a_loaded_model_knows_the_scenes_that_it_was_trained_on():
+    model = load_pretrained("two_squares")
+    want, got = model.task.factors(model.manifest["images_in_set"], model.manifest["set_seed"]), model.trained_scenes
+    assert isinstance(got, model.task.Factors) and len(got.rgb) == 2000
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and torch.equal(model.task.render(got)[:5], model.trained_on[:5])
+
+
+def test_images_alone_have_no_scenes():
+    model, x0 = net(), TASK.sample(4, 3)[0]
+    assert model.trained_scenes is None
+    for known in (x0, lambda: x0):
+        model.trained_on = known
+        assert model.trained_scenes is None and model.trained_on is x0
+
+
+def test_another_training_set_takes_the_scenes_place():
+    model = load_pretrained("two_squares")
+    assert model.trained_scenes is not None
+    for x0 in (model.task.sample(4, 3)[0], None):
+        model.trained_on = x0
+        assert model.trained_scenes is None and model.trained_on is x0
+    model.trained_on = Redrawn(model.task, 4, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.trained_scenes, model.task.factors(4, 3)))

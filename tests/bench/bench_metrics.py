@@ -3,7 +3,8 @@ import torch
 from scipy import stats
 
 from rulediff_nb.core import row_generator
-from rulediff_nb.metrics import Measured, bootstrap, ks_distance, statistics
+from rulediff_nb.gates import ks_distance
+from rulediff_nb.metrics import Measured, bootstrap, statistics
 
 N, DRAWS = 256, 500
 
