@@ -559,8 +559,9 @@ def _batches(
     return [Batches(t, p, n, 100 if n > 999 else 200) for n in (64, 160, 1024) for t in TASKS for p in ('fixed', 'random')]
 
 def batch_lines(
-    row:Batches, work:Work, # which
-)->Iterator[dict]:          # lines
+    row:Batches, # which
+    work:Work,   # not used
+)->Iterator[dict]: # lines
     "Share of batches that fail, with Wilson's interval."
     for gate, px, hits in failures(row):
         low, high = share_interval(sum(hits), len(hits))

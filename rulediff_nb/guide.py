@@ -628,9 +628,10 @@ class Setting(NamedTuple):
 _TINY = dict(steps=2, changes=(('channels', (16, 16)), ('attention', (False, False)), ('head_dim', 8)))   # of trainings in quick forms
 
 def same_recipe(
-    task:str, palette:str, # of a shipped denoiser
-    seed:int,              # of the new one: training set, initial weights and batches
-)->Denoiser:               # not trained yet
+    task:str,    # of a shipped denoiser
+    palette:str, # "fixed" or "random"
+    seed:int,    # of the new one: training set, initial weights and batches
+)->Denoiser:     # not trained yet
     "A denoiser trained as the shipped one was, by its manifest, but for the seed."
     m = load_manifest(WEIGHTS, f'{task}-{palette}')
     preset = Denoiser(task, palette, m['recipe']['preset'])

@@ -190,8 +190,10 @@ def gap(
     return 1 - torch.where(g > 0, (1 - lost(g, g0))*(chance - e)/(chance - e0), 0.)
 
 def gap_parts(
-    m:dict, floor:dict, chance:dict, # statistics
-)->dict[str,Tensor]:                 # rule_gap, lost, missed
+    m:dict,      # statistics of the images
+    floor:dict,  # of real ones
+    chance:dict, # of images without a rule
+)->dict[str,Tensor]: # rule_gap, lost, missed
     "rule_gap from three sets of statistics, and its two parts."
     whole = gap(m['rule_error'], m['coarse'], floor['rule_error'], floor['coarse'], chance['rule_error'])
     away = lost(m['coarse'], floor['coarse'])
@@ -221,9 +223,11 @@ def tercile_gaps(
     return [_group(m, real, *(p == k for p in part), size) for k in range(3)]
 
 def near_and_far(
-    task:Task, f:NamedTuple, # what the ruler read of the images
-    m:Measured, real:Real,   # the same as sides of the rule; floor and chance
-)->dict[str,dict]:           # "near" and "far"; empty for a task that knows no such difference
+    task:Task,    # whose
+    f:NamedTuple, # what the ruler read of the images
+    m:Measured,   # the same as sides of the rule
+    real:Real,    # floor and chance
+)->dict[str,dict]: # "near" and "far"; empty for a task that knows no such difference
     "By what the task calls near, such as a sun above the pole."
     if task.near(f) is None: return {}
     near = task.near(f), task.near(real.features), task.near(real.features)   # a permutation leaves the sun where it is

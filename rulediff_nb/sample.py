@@ -88,8 +88,20 @@ class LogSigmaScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     @register_to_config
-    def __init__(self, num_train_timesteps=1000, beta_start=1e-4, beta_end=2e-2, beta_schedule='linear', trained_betas=None,
-                 prediction_type='v_prediction', rescale_betas_zero_snr=False, clip_sample=True, turn=TURN, highest=SPAN[0], lowest=SPAN[1]):
+    def __init__(self,
+        num_train_timesteps:int=1000, # number of timesteps
+        beta_start:float=1e-4, # first beta
+        beta_end:float=2e-2,   # last beta
+        beta_schedule:str='linear', # see `DDPMScheduler`
+        trained_betas:list[float]|None=None, # the betas themselves
+        prediction_type:str='v_prediction', # a key of `PREDICTIONS`
+        rescale_betas_zero_snr:bool=False, # see `DDPMScheduler`
+        clip_sample:bool=True, # whether x0_hat is clipped to [-1,1]
+        turn:float=TURN,       # sigma down to which steps are of second order
+        highest:float=SPAN[0], # sigma of the second step
+        lowest:float=SPAN[1],  # sigma of the last step
+    ):
+        "Constants of the schedule; `set_timesteps` says which timesteps are taken."
         same = dict(num_train_timesteps=num_train_timesteps, beta_start=beta_start, beta_end=beta_end, beta_schedule=beta_schedule,
                     trained_betas=trained_betas, rescale_betas_zero_snr=rescale_betas_zero_snr)
         self.alphas_cumprod, self.init_noise_sigma = DDPMScheduler(**same).alphas_cumprod, 1.
