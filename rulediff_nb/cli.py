@@ -138,7 +138,7 @@ class Demo(NamedTuple):
     "A row of the study `demo`: a shipped model."
     task:str    # a key of `TASKS`
     palette:str # "fixed" or "random"
-    n:int=160   # images
+    n:int=96    # images
     steps:int=25 # network evaluations per image
     eta:float|str='auto' # fresh noise, see `sample`
     seed:int=DEMO_SEED # of the noise
@@ -350,7 +350,7 @@ def demo_plan(
     return sorted(rows, key=lambda r: (r.task, r.palette != 'random'))
 
 def demo(
-    n:int=160,            # images per model, 16 to 100000
+    n:int=96,             # images per model, 16 to 100000
     steps:int=25,         # network evaluations per image, 1 to 1000
     eta:str='auto',       # fresh noise: auto (none above sigma 2, all below), or a number: 0 none to 1 as much as the ancestral sampler
     seed:int=DEMO_SEED,   # of the noise, 0 or more

@@ -164,7 +164,7 @@ def test_no_option_lacks_a_comment():
 
 def test_defaults_are_said(capsys):
     out = run(capsys, "demo", "--help")[1] + run(capsys, "train", "--help")[1]
-    assert "(default: 160)" in out and "(default: 0)" in out and "(default: 0.0)" in out
+    assert "(default: 96)" in out and "(default: 0)" in out and "(default: 0.0)" in out
     for nothing in ("(default: )", "(default: False)", "''"): assert nothing not in out
 
 
