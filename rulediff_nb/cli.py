@@ -179,10 +179,11 @@ def demo_nets(
 
 def demo_lines(
     drawn:Sequence[Drawn], # of a row
-)->list[dict]:             # 'images', and `SHOWN`
+)->list[dict]:             # 'images', `SHOWN`, and 'flags'
     "The table's lines of a row: floor, model, guided if there is one, chance."
     (floor, model, chance), *more = (report_lines(d.report, d.what) for d in drawn)
-    return [floor, model, *(three[1] for three in more), chance]
+    flags = [' '.join(d.report.flags) for d in drawn]
+    return [v | dict(flags=f) for v, f in zip((floor, model, *(three[1] for three in more), chance), ('', *flags, ''))]
 
 def _measure_demo(
     row:Demo, work:Work, # a row, its networks
@@ -193,7 +194,7 @@ def _measure_demo(
         return Drawn(what, x, rule_report(work.nets[0], x, draws=1))   # no interval is shown
     return demo_lines([drawn(*v) for v in demo_nets(row, work.nets).items()])
 
-register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs, version=2,
+register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs, version=3,
                      keys=('task', 'palette', 'images'), shown=('rule_gap', 'readable', 'coarse', 'error_px', 'marginals', 'memorized')))
 
 # %% ../nbs/90_cli.ipynb #72481fd2
@@ -278,7 +279,7 @@ def line_text(
     "A line of the demo's table, as wide as every other."
     def cell(v): return v if isinstance(v, str) else '-' if math.isnan(v) else f'{v:.3f}'
     words = f"{line['task']:<15}  {line['palette']:<7}  {line['images']:<6}"
-    return words + ''.join(f'{cell(line[k]):>{max(len(k), 6) + 2}}' for k in SHOWN)
+    return (words + ''.join(f'{cell(line[k]):>{max(len(k), 6) + 2}}' for k in SHOWN) + f"  {line['flags']}").rstrip()
 
 def readable_sides(
     m:Measured, # of n images
@@ -370,7 +371,7 @@ def demo(
     for why in bad: print(f'rulediff demo: {why}', file=sys.stderr, flush=True)
     start, lines, panels = time.perf_counter(), [], []
     said = [f'{n} images per model, {steps} network evaluations per image, eta {eta}, seed {seed}, guidance {scale:g}, {precision}', '',
-            line_text({k: k for k in ('task', 'palette', 'images', *SHOWN)})]
+            line_text({k: k for k in ('task', 'palette', 'images', *SHOWN, 'flags')})]
     print(*said, sep='\n', flush=True)
     for row, drawn in demo_rows(rows, where, precision):
         about = dict(schema=SCHEMA, task=row.task, palette=row.palette)

@@ -252,12 +252,17 @@ def factor_table(
             out |= {f'{name} {c}': hsv[:, i, j] for j, c in enumerate(('hue', 'saturation', 'value'))}
     return out
 
+def _two_valued(
+    y:Tensor, # values of a factor
+)->bool:      # such as a side
+    "Whether it is of size one, with either sign."
+    return set(y.flatten()[:64].sign().tolist()) == {-1., 1.} and y.abs().std() < 1e-9
+
 def _distance(
     name:str, x:Tensor, y:Tensor, # a factor and two samples of it
 )->Tensor:                        # (...)
     "The distance that fits the factor."
-    if set(y.flatten()[:64].sign().tolist()) == {-1., 1.} and y.abs().std() < 1e-9: return class_distance(x, y)
-    return ks_distance(x, y, circular=name.endswith('hue'))
+    return class_distance(x, y) if _two_valued(y) else ks_distance(x, y, circular=name.endswith('hue'))
 
 class Spread(NamedTuple):
     "How the factors of real batches differ from the pool; for another size these scale by `scale`."
@@ -273,6 +278,20 @@ def _key(
     "The pool by its first numbers and its length."
     return task, len(pool.readable), float(pool.rgb[pool.readable][:64].double().sum())
 
+def _split_distances(
+    name:str, x:Tensor, # a factor and N values of it
+    picked:Tensor,      # (draws,m) rows of each batch, none twice
+)->Tensor:              # (draws,) distance of each batch from the rest
+    "`_distance` for many splits of one set, which is sorted once."
+    inside = torch.zeros(len(picked), len(x), dtype=torch.bool).scatter_(1, picked, True)
+    if _two_valued(x): return class_distance(x[picked], x[(~inside).nonzero()[:, 1]].view(len(picked), -1))
+    value, place = x.sort()
+    last = torch.cat([value.diff() > 0, torch.ones(1, dtype=torch.bool)])   # of equal values
+    share = inside[:, place].cumsum(1, dtype=torch.float64)
+    gap = (share/picked.shape[1] - (torch.arange(1, len(x) + 1) - share)/(len(x) - picked.shape[1]))[:, last]
+    up, down = gap.amax(1).clamp(min=0), (-gap).amax(1).clamp(min=0)
+    return (up + down if name.endswith('hue') else torch.maximum(up, down)).float()
+
 _SPREADS = {}
 def _spread(
     task:Task, pool:NamedTuple, # whose, and what the ruler read of real images
@@ -285,7 +304,7 @@ def _spread(
     N = len(table[names[0]])
     m, rng = max(N//4, 1), row_generator(FLOOR_SEED, N, stream=31)
     order = torch.from_numpy(rng.permuted(np.tile(np.arange(N), (draws, 1)), axis=1))
-    d = torch.stack([torch.cat([_distance(k, table[k][o[:, :m]], table[k][o[:, m:]]) for o in order.split(50)]) for k in names])
+    d = torch.stack([_split_distances(k, table[k], order[:, :m]) for k in names])
     high = (d - d.mean(1, keepdim=True)).amax(0).quantile(1 - ALPHA).item()
     return _SPREADS.setdefault(key, Spread(names, table, d.mean(1), high, math.sqrt(1/m + 1/(N - m))))
 

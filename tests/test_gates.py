@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from rulediff_nb import gates
 from rulediff_nb.gates import (
     NEAR,
     class_distance,
@@ -141,6 +142,18 @@ def test_marginals_name_the_factor_and_its_direction():
     gate = marginals(SQ, take(F, F.x1 < .4), POOL)
     assert gate.failed and gate.more["factor"] == "x1" and gate.value > gate.more["bound"] and gate.more["shift"] < -.3 and gate.more["ratio"] < .8
     assert not marginals(SQ, F, POOL).failed
+
+
+@pytest.mark.parametrize("name", ["length", "warm hue", "side"])
+def test_many_splits_are_many_distances(name):
+    "Sorted once or pair by pair, with ties."
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(90, generator=g).double().mul(20).round()/20
+    if name == "side": x = torch.where(x > .4, 1., -1.).double()
+    picked = torch.stack([torch.randperm(90, generator=g)[:30] for _ in range(20)])
+    rest = torch.stack([torch.tensor(sorted(set(range(90)) - set(p.tolist()))) for p in picked])
+    want = gates._distance(name, x[picked], x[rest])
+    assert torch.allclose(gates._split_distances(name, x, picked), want, atol=1e-6) and want.std() > 0
 
 
 def test_the_bound_of_marginals_follows_the_size():
