@@ -372,10 +372,10 @@ def joint(
     mine, real = (scenes(task, v, names) for v in (f, pool))
     n = len(mine.geometry)
     if n < 16: return Gate(None, False, {})
-    k, found = max(4, round(math.sqrt(n)/2)), {}
-    for kind in Scenes._fields:
-        x, y = getattr(mine, kind)[:most], getattr(real, kind)[:most]
-        if x.shape[1]: found[kind] = own_neighbours(x/y.std(0), y/y.std(0), k)
+    k = max(4, round(math.sqrt(n)/2))
+    scaled = {kind: [v[:most]/getattr(real, kind).std(0) for v in (getattr(mine, kind), getattr(real, kind))] for kind in _kinds(mine)}
+    if len(scaled) > 1: scaled['together'] = [torch.cat(v, 1) for v in zip(*scaled.values())]
+    found = {kind: own_neighbours(*pair, k) for kind, pair in scaled.items()}
     worst = max(found, key=lambda v: found[v][1])
     value, z = found[worst]
     bound = float(norm.isf(ALPHA/len(found)))

@@ -244,7 +244,7 @@ def _rulers(
     return [Known(t, p, 4 if quick else 8) for t in ('sun_shadow', 'sun_shadow_free', 'perspective', 'two_circles', 'two_squares')
             for p in ('fixed', 'random')]
 
-register_study(Study('ruler', 'what the ruler reads off known scenes; its hash names the ruler', _rulers, all_readings, version=3,
+register_study(Study('ruler', 'what the ruler reads off known scenes; its hash names the ruler', _rulers, all_readings, version=4,
                      keys=('task', 'palette'), shown=('rule_error', 'off_error', 'noisy_error', 'soft_error', 'rule_readable')))
 
 @lru_cache(maxsize=1)

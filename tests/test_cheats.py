@@ -1,4 +1,4 @@
-"Twenty ways to a good rule_gap that are no learning, each flagged; twenty honest variations, of which at most one may be."
+"Twenty-five ways to a good rule_gap that are no learning, each flagged; twenty honest variations, of which at most one may be."
 import math
 
 import pytest
@@ -70,6 +70,17 @@ def sizes_by_place():
     return CIRCLES, take(f, CIRCLES.inside(f))
 
 
+def colour_by_size():
+    "Each colour and each size as often as it should be; the largest suns' poles are the brightest."
+    f = fresh(LOOSE)
+    rgb = f.rgb[f.rgb[:, 1].sum(-1).argsort()]
+    return LOOSE, f._replace(rgb=rgb[f.h2.argsort().argsort()])
+
+
+def one_direction_less(): f = fresh(CIRCLES, 2*N); return CIRCLES, take(f, f.x1 <= f.x2 + 1e-4)
+def five_sizes(): f = fresh(SQUARES); s = 2*(f.l2*16/2).round()/16; return SQUARES, take(f._replace(l2=s, l1=s/1.5), s > 0)
+
+
 def independent_pole():
     f = fresh(LINKED, 2*N)
     f = f._replace(h2=f.h2.roll(1))
@@ -117,6 +128,7 @@ CHEATS = {   # name -> what makes it, a flag that it must raise
     "48 scenes, moved": (lambda: prototypes(.1), "duplicates"), "one scene": (one_scene, "duplicates"),
     "old geometry, new colours": (new_colours, "memorized"), "new geometry, old colours": (old_colours, "memorized"),
     "one copy in ten": (a_tenth, "memorized"), "large discs on the right": (sizes_by_place, "joint"),
+    "colours by size": (colour_by_size, "joint"), "one direction less": (one_direction_less, "joint"), "five sizes": (five_sizes, "joint"),
     "sun and pole independent": (independent_pole, "joint"), "lengths exchanged": (lengths_within_a_bin, "joint"),
     "near suns only": (near_only, "marginals"), "all sizes smaller": (shrunk, "marginals"), "pale colours": (grey, "marginals"),
     "every second unreadable": (broken_half, "readable")}
