@@ -754,9 +754,9 @@ def held_out_ratio(
     train = trained_on(model) if train is None else train
     if train is None: raise ValueError("this model does not know its training set: give `train`")
     n, device = min(check_int(n, 'n', 2), len(train)), next(model.parameters()).device
-    fresh, eps = model.recipe.task.sample(n, check_int(seed, 'seed'))[0], row_noise(seed, range(n), train.shape[1:], 31, device)
-    pick = torch.from_numpy(row_generator(seed, 0, stream=37).permutation(len(train))[:n])
-    order = torch.from_numpy(row_generator(seed, 1, stream=37).integers(n, size=(2, 1000, n)))
+    fresh, eps = model.recipe.task.sample(n, check_int(seed, 'seed'))[0], row_noise(seed, range(n), train.shape[1:], 5038, device)
+    pick = torch.from_numpy(row_generator(seed, 0, stream=5037).permutation(len(train))[:n])
+    order = torch.from_numpy(row_generator(seed, 1, stream=5037).integers(n, size=(2, 1000, n)))
     ln, lines = -.5*snr(model.abar).log(), []
     for sigma in sigmas:
         t = (ln - math.log(sigma)).abs().argmin().expand(n)

@@ -250,11 +250,11 @@ def test_demo(weights, tmp_path, capsys):
     assert status == 0 and sorted(p.name for p in (tmp_path/"d").iterdir()) == ["demo.csv", "demo.png", "demo.txt"]
     text = (tmp_path/"d"/"demo.txt").read_text()
     assert text.strip() in out and all(k in text for k in (*SHOWN, "floor", "model", "chance", "two_squares", "fixed"))
-    lines = text.splitlines()[2:6]
-    assert len({len(v) for v in lines}) == 1, "a table"
+    head, floor, model, chance = text.splitlines()[2:6]
+    assert len(floor) == len(chance) == len(head) - len("  flags") and len(model) >= len(floor), "a table, flags at its end"
     assert Image.open(tmp_path/"d"/"demo.png").size[0] > 100
     rows = demo_csv(tmp_path/"d")
-    assert list(rows[0]) == ["schema", "task", "palette", "images", "n", *SHOWN] and {r["schema"] for r in rows} == {str(SCHEMA)}
+    assert list(rows[0]) == ["schema", "task", "palette", "images", "n", *SHOWN, "flags"] and {r["schema"] for r in rows} == {str(SCHEMA)}
     assert [(r["task"], r["palette"], r["images"]) for r in rows] == [("two_squares", "fixed", k) for k in ("floor", "model", "chance")]
     for r in rows:
         for k in SHOWN: assert not r[k] or np.isfinite(float(r[k])), "no NaN in a stored table"
