@@ -443,8 +443,7 @@ PUBLIC = sorted(k for k, s in studies().items() if s.public)
 EARLIER = "it rests on reports with the earlier gates, and on images of the earlier sampler"
 OPEN = dict(   # table -> why it is outdated, incomplete or not there
     gpu="it needs an accelerator, and ships when one was at hand", gates="the study is new",
-    sampling=EARLIER, precision=EARLIER, curves=EARLIER, brief=EARLIER, recipes=EARLIER, sweep=EARLIER, guidance=EARLIER, filters=EARLIER,
-    demo=EARLIER)
+    sampling=EARLIER, precision=EARLIER, curves=EARLIER, brief=EARLIER, recipes=EARLIER, sweep=EARLIER, guidance=EARLIER, filters=EARLIER)
 
 
 def lacking(name):
