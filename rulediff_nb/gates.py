@@ -1,4 +1,4 @@
-"""A model keeps a rule by drawing a few scenes again and again, old scenes, or half of the task; four tests on what the ruler reads find each of these, and real images fail all of them together in 2.5 % of cases.
+"""A model keeps a rule by drawing a few scenes again and again, old scenes, or half of the task; five tests on what the ruler reads find each of these, and real images fail all of them together in 2.5 % of cases.
 
 Docs: https://rulediff.github.io/rulediff_nb/gates.html.md"""
 

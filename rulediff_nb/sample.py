@@ -321,8 +321,8 @@ def plan(
     "Check a sampler's arguments before any work; ValueError or TypeError names what does not fit the model."
     check_model(model), check_int(seed, 'seed'), check_int(steps, 'steps', 1, model.recipe.T)
     fresh = eta_of(eta, model.recipe)
-    own = LogSigmaScheduler.from_config(model.recipe.schedule().config)
-    sch = _check_scheduler(scheduler, model.recipe, steps, eta) if scheduler is not None else own
+    if scheduler is not None: sch = _check_scheduler(scheduler, model.recipe, steps, eta)
+    else: sch = LogSigmaScheduler.from_config(model.recipe.schedule().config)
     sch.set_timesteps(steps)
     for t in sch.timesteps: eta_of(fresh(int(t)), model.recipe)
     return sch
