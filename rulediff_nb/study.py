@@ -74,6 +74,7 @@ class Denoiser(NamedTuple):
     marks:tuple[int,...]=() # steps at which the averaged weights are kept too
     at:int=0             # which of them is loaded; 0: the last step
     rule:str=''          # of the training set, a key of `TRAINING`; empty: it holds in every image
+    size:int=32          # pixels per side
 
     @property
     def label(self)->str: # such as "laptop lr=0.001"
@@ -89,7 +90,7 @@ class Denoiser(NamedTuple):
 
     def recipe(self)->Recipe: # of the network and its training
         "The recipe; ValueError for an unknown task, palette, preset or field."
-        try: return recipe(self.preset, get_task(self.task, palette=self.palette), **dict(self.changes))
+        try: return recipe(self.preset, get_task(self.task, palette=self.palette, size=self.size), **dict(self.changes))
         except TypeError as e: raise ValueError(f"{self.label}: {str(e).split('__() ')[-1]}") from e
 
     def check(self,

@@ -90,7 +90,7 @@ def _muon(
 )->torch.optim.Optimizer:     # over all parameters
     "Muon (Jordan 2024) between first and last layer, scaled to AdamW's size of step (Liu et al. 2025); AdamW for the rest."
     from pytorch_optimizer import Muon   # two seconds to import: only for those who use it
-    ends = 'conv_in', 'conv_out', 'class_embedding'
+    ends = 'conv_in', 'conv_out', 'class_embedding', 'pos_embed', 'proj_out_2', 'class_embedder'   # of a U-Net; of a transformer
     def inner(name, p): return p.ndim > 1 and not any(e in name for e in ends)
     named = list(model.named_parameters())
     groups = [dict(params=[p for k, p in named if inner(k, p) == on], use_muon=on, weight_decay=r.weight_decay) for on in (True, False)]

@@ -15,7 +15,7 @@ from numbers import Real
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DModel
+from diffusers import ConfigMixin, DDPMScheduler, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ _WHOLE = dict(layers=(1, 64), head_dim=(1, 4096), patch=(1, 64), T=(2, 100_000),
 _REAL = dict(beta_start='(0,1)', beta_end='(0,1)', noise_mean='[-20,20]', noise_std='[0,20]', sigma_data='[0,10]', lr='(0,inf)',
              weight_decay='[0,10]', min_snr='[0,1e6]', clip='[0,1e6]', ema='[0,1)', label_drop='[0,1)',
              width='[1,1e6]', temperature='(0,100]', contrast_weight='[0,1e3]')
-_CHOICES = dict(betas=tuple(SCHEDULES), prediction=tuple(PREDICTIONS), precision=('fp32', 'bf16', 'fp16'))
+_CHOICES = dict(betas=tuple(SCHEDULES), prediction=tuple(PREDICTIONS), precision=('fp32', 'bf16', 'fp16'), backbone=('unet', 'dit'),
+                middle=('attention', 'plain', 'none'))
+_LATER = dict(backbone='unet', middle='attention')   # fields that came later: left out of `to_dict` at these values, so that hashes stay
 _GROUPS = 8   # of the group norms
 
 def _whole(
@@ -74,8 +76,20 @@ def _flaws_of_widths(
         said.append(f"beta_start must not be above beta_end, {r.beta_end}, got {r.beta_start}")
     if r.epochs is not None and not (_whole(r.epochs) and r.epochs >= 1): said.append(f"epochs must be None or at least 1, got {r.epochs!r}")
     if r.classes and r.conditions: said.append("a network takes class labels or conditions, not both")
+    if r.backbone == 'dit': said += _flaws_of_dit(r)
     if r.sigma_data and r.prediction != 'v_prediction':
         said.append(f"sigma_data preconditions v_prediction alone: with {r.prediction!r} it must be 0, got {r.sigma_data}")
+    return said
+
+def _flaws_of_dit(
+    r:'Recipe', # of a transformer
+)->list[str]:   # what is wrong with it, in words
+    "A transformer has one width, a whole number of heads, and no labels here."
+    said = [] if r.channels and len(r.channels) == 1 and r.attention == (True,) else [
+        f"a transformer has one width, with attention=(True,), got channels={r.channels}, attention={r.attention}"]
+    if not said and _whole(r.head_dim) and r.channels[0] % r.head_dim:
+        said.append(f"channels must be a multiple of head_dim, {r.head_dim}, for a transformer, got {r.channels}")
+    if r.classes or r.conditions: said.append("a transformer takes no labels here: classes and conditions must be 0")
     return said
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class Recipe:
     attention:tuple[bool,...] = (False, False, True) # self-attention at each resolution
     head_dim:int = 48                   # channels per attention head; a width has width//head_dim heads, at least one
     patch:int = 2                       # space-to-depth before the network, 1: none
+    backbone:str = 'unet'               # "unet", or "dit": a transformer (Peebles and Xie 2023) of `layers` blocks
+    middle:str = 'attention'            # between a U-Net's halves: two residual blocks with "attention", or "plain", or "none"
     T:int = 1000                        # timesteps
     beta_start:float = 1e-4             # first beta of the linear schedule
     beta_end:float = 2e-2               # last beta
@@ -118,7 +134,7 @@ class Recipe:
 
     def to_dict(self)->dict: # JSON-ready
         "All fields as plain values."
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(self, task=None)).items()}
+        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(replace(self, task=None)).items() if k not in _LATER or v != _LATER[k]}
         return out | dict(task=self.task.spec() if self.task else None)
 
     @classmethod
@@ -225,11 +241,41 @@ def check_middle(
     r:Recipe, # of a network whose middle has attention, as diffusers makes it
 ):            # nothing: it passes or raises
     "ValueError where the last width, which is the middle's too, has no room for a head."
-    if r.channels[-1] < r.head_dim:
+    if r.backbone == 'unet' and r.middle == 'attention' and r.channels[-1] < r.head_dim:
         raise ValueError(f"the last of channels must be at least head_dim, {r.head_dim}, as the middle has attention, got {r.channels}")
 
+def _unet_of(
+    r:Recipe, # of a U-Net
+)->UNet2DModel: # untrained
+    "diffusers' U-Net."
+    names = [('AttnDownBlock2D', 'AttnUpBlock2D') if a else ('DownBlock2D', 'UpBlock2D') for a in r.attention]
+    return UNet2DModel(
+        sample_size=r.task.size//r.patch, in_channels=3*r.patch**2, out_channels=3*r.patch**2,
+        block_out_channels=r.channels, layers_per_block=r.layers, attention_head_dim=r.head_dim, norm_num_groups=8,
+        down_block_types=[d for d, _ in names], up_block_types=[u for _, u in reversed(names)],
+        mid_block_type=None if r.middle == 'none' else 'UNetMidBlock2D', add_attention=r.middle == 'attention',
+        class_embed_type='identity' if r.classes or r.conditions else None)
+
+class _DiT(DiTTransformer2DModel):
+    "diffusers' transformer without labels: it begins as the identity (Peebles and Xie 2023), and drops nothing at random."
+    def __init__(self, **config):
+        super().__init__(**config)
+        for block in self.transformer_blocks:
+            block.norm1.emb.class_embedder.dropout_prob = 0.
+            nn.init.zeros_(block.norm1.linear.weight), nn.init.zeros_(block.norm1.linear.bias)
+        for layer in (self.proj_out_1, self.proj_out_2): nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+    def forward(self, h, t, y=None): return super().forward(h, t, torch.zeros_like(t, dtype=torch.int64))
+
+def _dit_of(
+    r:Recipe, # of a transformer
+)->DiTTransformer2DModel: # untrained
+    "diffusers' transformer; space-to-depth has made the patches already."
+    return _DiT(num_attention_heads=r.channels[0]//r.head_dim, attention_head_dim=r.head_dim, num_layers=r.layers, patch_size=1,
+                sample_size=r.task.size//r.patch, in_channels=3*r.patch**2, num_embeds_ada_norm=1)
+
 class RuleUNet(ModelMixin, ConfigMixin):
-    "`UNet2DModel` behind space-to-depth; called like it, and it carries its recipe."
+    "`UNet2DModel`, or a transformer in its place, behind space-to-depth; called like it, and it carries its recipe."
     @register_to_config
     def __init__(self,
         recipe:dict, # `Recipe.to_dict()`
@@ -240,12 +286,7 @@ class RuleUNet(ModelMixin, ConfigMixin):
         if r.task is None: raise ValueError("the recipe names no task")
         check_middle(r)
         self.register_buffer('abar', r.schedule().alphas_cumprod, persistent=False)
-        names = [('AttnDownBlock2D', 'AttnUpBlock2D') if a else ('DownBlock2D', 'UpBlock2D') for a in r.attention]
-        self.net = UNet2DModel(
-            sample_size=r.task.size//r.patch, in_channels=3*r.patch**2, out_channels=3*r.patch**2,
-            block_out_channels=r.channels, layers_per_block=r.layers, attention_head_dim=r.head_dim, norm_num_groups=8,
-            down_block_types=[d for d, _ in names], up_block_types=[u for _, u in reversed(names)],
-            class_embed_type='identity' if r.classes or r.conditions else None)
+        self.net = _dit_of(r) if r.backbone == 'dit' else _unet_of(r)
         if r.classes or r.conditions: self.net.class_embedding = Condition(r.classes, r.conditions, 4*r.channels[0])
 
     def forward(self,
