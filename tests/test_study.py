@@ -22,10 +22,12 @@ from rulediff_nb import study as module
 from rulediff_nb import table
 from rulediff_nb.store import StoreError, load_tensors
 from rulediff_nb.study import (
+    RULE_NOISE,
     Denoiser,
     Shipped,
     chosen,
     grid,
+    noisy_rule,
     outdated,
     pace,
     report_mark,
@@ -38,6 +40,7 @@ from rulediff_nb.study import (
     use_engine,
 )
 from rulediff_nb.table import STUDIES, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, summary
+from rulediff_nb.tasks import TASKS
 from rulediff_nb.unet import unet
 
 TINY = dict(channels=(16, 16), attention=(False, False), head_dim=8, batch=8)
@@ -288,7 +291,8 @@ def test_a_training_that_cannot_be_is_refused_before_any_work(change, word, tmp_
 
 
 @pytest.mark.parametrize("need,word", [(dict(marks=(5,)), "a mark must be"), (dict(at=9), "a mark must be"), (dict(steps=0), "steps must be"),
-                                       (dict(seed=-1), "seed must be"), (dict(n=-1), "n must be")])
+                                       (dict(seed=-1), "seed must be"), (dict(n=-1), "n must be"), (dict(rule="bent"), "rule must be one of"),
+                                       (dict(size=8), "size must be")])
 def test_a_mark_beyond_the_run_is_refused(need, word):
     with pytest.raises(ValueError, match=word): Denoiser("two_squares", changes=tuple(TINY.items()), **dict(steps=4) | need).check(CPU)
     Denoiser("two_squares", changes=tuple(TINY.items()), steps=4, marks=(2, 4), at=2).check(CPU)
@@ -442,7 +446,7 @@ def test_an_outdated_table_says_so(tmp_path, monkeypatch):
 PUBLIC = sorted(k for k, s in studies().items() if s.public)
 EARLIER = "it rests on reports with the earlier gates, and on images of the earlier sampler"
 OPEN = dict(   # table -> why it is outdated, incomplete or not there
-    gpu="it needs an accelerator, and ships when one was at hand", gates="the study is new",
+    gpu="it needs an accelerator, and ships when one was at hand",
     sampling=EARLIER, precision=EARLIER, curves=EARLIER, brief=EARLIER, recipes=EARLIER, sweep=EARLIER, guidance=EARLIER, filters=EARLIER)
 
 
@@ -521,8 +525,10 @@ def test_a_grids_rows_are_all_combinations_seeds_last():
 
 def test_a_trainings_key_is_its_own():
     a = Denoiser("two_circles")
-    others = [a._replace(**c) for c in (dict(steps=7), dict(seed=3), dict(n=5), dict(palette="random"), dict(changes=(("lr", .1),)))]
-    assert len({j.key for j in [a, *others]}) == 6
+    changed = (dict(steps=7), dict(seed=3), dict(n=5), dict(palette="random"), dict(changes=(("lr", .1),)), dict(rule="free"), dict(rule="noisy"),
+               dict(size=64))
+    others = [a._replace(**c) for c in changed]
+    assert len({j.key for j in [a, *others]}) == 9
     r = Denoiser("two_circles", "random", changes=(("lr", .5),)).recipe()
     assert r.lr == .5 and r.task.palette == "random" and r.preset == "laptop"
 
@@ -533,6 +539,27 @@ def test_a_trainings_key_is_its_own():
     (dict(images=0), "images")])
 def test_a_row_that_cannot_be_is_refused_before_any_work(args, word):
     with pytest.raises((ValueError, TypeError), match=word): grid(**(dict(tasks=["two_circles"]) | args))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_training_set_breaks_its_rule_as_told(name):
+    "The coarse rule and the canvas stay; row i is the same in a larger set."
+    need = Denoiser(name, n=600)
+    kept, noisy, free = (need._replace(rule=k).scenes() for k in ("", "noisy", "free"))
+    def off(f):
+        a, b = TASKS[name].sides(f)
+        return (b/a).double().log()
+    assert off(kept).abs().max() < 1e-4 and abs(off(noisy).std() - RULE_NOISE) < .02 and off(free).std() > 2*RULE_NOISE
+    assert TASKS[name].inside(noisy).all() and (need._replace(rule="noisy").images() == TASKS[name].render(noisy)).all()
+    assert all(torch.equal(v, w[:600]) for v, w in zip(kept, need._replace(n=900).scenes()))
+    with pytest.raises(ValueError, match="do not fit the canvas"): noisy_rule(TASKS[name], 50, 0, float("inf"))
+
+
+def test_a_training_on_broken_rules_does_not_pass_for_another(tmp_path):
+    need = Denoiser("two_squares", changes=tuple(TINY.items()), steps=2, n=32, rule="free")
+    list(need.train(tmp_path, CPU))
+    m = need.load(tmp_path, CPU)
+    assert "set_seed" not in m.manifest and m.manifest["step"] == 2 and need._replace(rule="").weights(tmp_path) == ""
 
 
 def test_marks_are_those_of_one_run(tmp_path):

@@ -8,7 +8,9 @@ from torch import nn
 
 from rulediff_nb.core import row_noise
 from rulediff_nb.sample import Redrawn, load_pretrained
+from rulediff_nb.store import save_release
 from rulediff_nb.tasks import SunShadow, get_task
+from rulediff_nb.train import fit
 from rulediff_nb.unet import PUBLISHED_EPOCHS, PRESETS, Condition, Recipe, RuleUNet, check_labels, grow, recipe, unet
 
 torch.set_num_threads(1)
@@ -58,7 +60,46 @@ def test_a_width_that_heads_do_not_divide_computes():
     assert set(heads) == {(1, 48, 64), (2, 96, 96)} and answer(unet("laptop", TASK).eval()).isfinite().all()
 
 
-def test_every_field_is_stored(): assert set(PRESETS["published"].to_dict()) == {f.name for f in fields(Recipe)}
+LATER = dict(backbone="unet", middle="attention")   # fields that came later
+
+
+def test_every_field_is_stored():
+    "Later fields are left out at the values that earlier networks had, so that these keep their hash."
+    for r in (PRESETS["published"], PRESETS["laptop"]):
+        assert {*r.to_dict(), *LATER} == {f.name for f in fields(Recipe)} and not LATER.keys() & r.to_dict().keys()
+    r = recipe("laptop", TASK, **SMALL, middle="none")
+    assert r.to_dict()["middle"] == r.network()["middle"] == "none" and Recipe.from_dict(r.to_dict()) == r
+
+
+DIT = dict(backbone="dit", channels=(16,), attention=(True,), layers=2, head_dim=8)
+
+
+def test_a_transformer_draws_trains_and_comes_back(tmp_path):
+    m = unet("laptop", TASK, 0, **DIT)
+    assert answer(m.eval()).shape == (2, 3, 16, 16) and type(m.net).__bases__[0].__name__ == "DiTTransformer2DModel"
+    with torch.no_grad(): begin = m.net(torch.ones(1, 12, 8, 8), torch.tensor([5])).sample
+    assert not begin.any(), "it begins as the identity"
+    x0, losses = TASK.sample(16, 0)[0], []
+    for _ in range(2):   # nothing is dropped at random: the same run gives the same losses
+        again = unet("laptop", TASK, 0, **DIT)
+        losses.append([s.loss for s in fit(again, x0, 4, 3)])
+    assert losses[0] == losses[1] and answer(again).isfinite().all()
+    save_release(tmp_path, "dit", again.state_dict(), dict(recipe=again.recipe.to_dict()))
+    assert (answer(load_pretrained(tmp_path/"dit.safetensors")) - answer(again)).abs().max() < 5e-3   # weights ship in half precision
+
+
+@pytest.mark.parametrize("change, word", [(dict(channels=(16, 16), attention=(True, True)), "one width"), (dict(attention=(False,)), "one width"),
+                                          (dict(head_dim=12), "multiple of head_dim, 12"), (dict(classes=3), "no labels"),
+                                          (dict(backbone="mlp"), "backbone must be one of unet, dit"), (dict(middle=None), "middle must be one of")])
+def test_a_transformer_that_cannot_be_is_refused(change, word):
+    with pytest.raises(ValueError, match=word): recipe("laptop", TASK, **DIT | change)
+
+
+@pytest.mark.parametrize("middle, blocks, attends", [("attention", 2, True), ("plain", 2, False), ("none", 0, False)])
+def test_a_middle_with_and_without_attention(middle, blocks, attends):
+    m = net(attention=(False,)*3, middle=middle)
+    assert answer(m).isfinite().all() and any(hasattr(b, "to_q") for b in m.modules()) == attends
+    assert len(m.net.mid_block.resnets if m.net.mid_block else ()) == blocks
 
 
 def test_a_recipe_that_lacks_new_fields_gets_their_defaults():
