@@ -9,6 +9,7 @@ from rulediff_nb.classifier import (
     load_classifier,
     pixel_classifier,
 )
+from rulediff_nb.coarse_fine import residual_map, rule_true
 from rulediff_nb.core import default_device, explore, from_bytes, progress, row_noise, save_images, show, to_8bit, to_bytes
 from rulediff_nb.features import REASONS
 from rulediff_nb.filter import best_of, by_classifier, by_ruler, by_verdict, keep

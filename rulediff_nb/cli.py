@@ -194,7 +194,7 @@ def _measure_demo(
         return Drawn(what, x, rule_report(work.nets[0], x, draws=1))   # no interval is shown
     return demo_lines([drawn(*v) for v in demo_nets(row, work.nets).items()])
 
-register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs, version=3,
+register_study(Study('demo', 'every shipped model beside floor, guidance and chance', _demo_rows, _measure_demo, _demo_needs, version=4,
                      keys=('task', 'palette', 'images'), shown=('rule_gap', 'readable', 'coarse', 'error_px', 'marginals', 'memorized')))
 
 # %% ../nbs/90_cli.ipynb #72481fd2
