@@ -1,4 +1,4 @@
-"""A model keeps a rule by drawing a few scenes again and again, old scenes, or half of the task; five tests on what the ruler reads find each of these, and real images fail all of them together in 2.5 % of cases.
+"""A model keeps a rule by drawing a few scenes again and again, old scenes, or half of the task; five tests on what the ruler reads find each of these, and of real batches hardly 4 in 100 fail any of the five.
 
 Docs: https://rulediff.github.io/rulediff_nb/gates.html.md"""
 
