@@ -24,7 +24,7 @@ from torch.nn.functional import avg_pool2d, conv2d, pad
 
 from .core import check_int, from_bytes, row_noise, row_uniform, to_8bit, to_bytes
 from .features import REASONS, Oval, layout, oval_slopes
-from .gates import FLOOR_SEED, duplicates, joint, marginals, memorized, pool_size, read, readable, real_scenes, take
+from .gates import SECOND_SEED, all_gates, memorized, pool_size, read, real_scenes, take
 from .metrics import GATES, bootstrap, interval, measured, share_interval
 from .table import Study, Work, register_study
 from .tasks import RANDOM, TASKS, Disc, Rect, Task, get_task, hsv_to_rgb, rect_coverage, shape_coverage
@@ -532,12 +532,10 @@ def failures(
 )->Iterator[tuple[str,float,list[bool]]]: # gate, shift in pixels, whether it failed in each batch
     "Real batches through all gates, then moved training scenes through one."
     task = get_task(row.task, palette=row.palette)
-    pool, old, new = real_scenes(task, pool_size(row.n)), *(task.factors(task.paper_n, s) for s in (0, FLOOR_SEED - 1))
+    pool, old, new = real_scenes(task, pool_size(row.n)), *(task.factors(task.paper_n, s) for s in (0, SECOND_SEED))
     hits = {k: [] for k in GATES}
     for i in range(row.batches):
-        f = read(task, task.render(task.factors(row.n, 50_000 + i)))
-        said = dict(readable=readable(f, pool), marginals=marginals(task, f, pool), joint=joint(task, f, pool),
-                    duplicates=duplicates(task, f, pool), memorized=memorized(task, f, pool, old, new))
+        said = all_gates(task, read(task, task.render(task.factors(row.n, 50_000 + i))), pool, old, new)
         for k in GATES: hits[k].append(said[k].failed)
     yield from ((k, 0., v) for k, v in hits.items())
     kept = [take(old, torch.from_numpy(np.random.default_rng(i).permutation(len(old.rgb))[:row.n])) for i in range(min(row.batches, 50))]

@@ -26,19 +26,7 @@ from torch import Tensor
 
 from .core import check_images, check_int, own_settings, plot_report, range_known, row_generator, to_8bit
 from .features import REASONS, off_colour
-from rulediff_nb.gates import (
-    FLOOR_SEED,
-    Gate,
-    duplicates,
-    joint,
-    marginals,
-    memorized,
-    pool_size,
-    read,
-    readable,
-    real_scenes,
-    take,
-)
+from .gates import FLOOR_SEED, SECOND_SEED, Gate, all_gates, pool_size, read, real_scenes, take
 from .tasks import Task, get_task
 
 # %% ../nbs/03_metrics.ipynb #346d8147
@@ -507,9 +495,10 @@ def rule_report(
     thirds, apart = tercile_gaps(m, real, task.size), near_and_far(task, f, m, real)
     rows['error_px'] = row('error_px', p90=point['error_px_90'].item(), p90_floor=floor['error_px_90'].item())
     rows['rule_gap'] = row('rule_gap', lost=point['lost'].item(), missed=point['missed'].item(), terciles=thirds, **apart)
-    rows['readable'] = row('readable', **_more(readable(f, real.pool)))
     old = _old_scenes(task, asked, train)
-    rows |= _gates(task, f, real, old, None if old is None else _new_scenes(task, old))
+    found = all_gates(task, f, real.pool, old, None if old is None else _new_scenes(task, old))
+    rows['readable'] = row('readable', **_more(found.pop('readable')))
+    rows |= _gates(found)
     return RuleReport(task.spec(), len(x), {k: rows[k] for k in ROWS}, f, palette_notes(task, x, f, real), (m, real.floor, real.chance))
 
 def report_columns(
@@ -536,7 +525,7 @@ def _new_scenes(
 )->NamedTuple:                 # as many, which no model has seen
     "A second set from the task, read if the first was read."
     n = len(old.rgb)
-    return real_scenes(task, n, FLOOR_SEED - 1) if hasattr(old, 'readable') else task.factors(n, FLOOR_SEED - 1)
+    return real_scenes(task, n, SECOND_SEED) if hasattr(old, 'readable') else task.factors(n, SECOND_SEED)
 
 def _more(
     gate:Gate, # of a report
@@ -544,14 +533,13 @@ def _more(
     "What a row keeps of a gate."
     return gate.more | dict(failed=gate.failed)
 
+_REAL = dict(marginals=0., joint=0., duplicates=.01, memorized=.01)   # what real images have
+
 def _gates(
-    task:Task, f:NamedTuple, real:Real, # what the ruler read of the images and of real ones
-    old:tuple|None, new:tuple|None,     # the training set and another one as scenes, where it is known
-)->dict[str,Value]:                     # rows
+    found:dict[str,Gate], # of `all_gates`, but for `readable`
+)->dict[str,Value]:       # rows
     "The gates as rows: what real images have stands as the floor."
     def row(gate, floor):
         more = _more(gate)
         return Value(gate.value, more.pop('low', None), more.pop('high', None), floor, None, more)
-    return dict(marginals=row(marginals(task, f, real.pool), 0.), joint=row(joint(task, f, real.pool), 0.),
-                duplicates=row(duplicates(task, f, real.pool), .01),
-                memorized=row(Gate(None, False, {}) if old is None else memorized(task, f, real.pool, old, new), .01))
+    return {k: row(v, _REAL[k]) for k, v in found.items()}

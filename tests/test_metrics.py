@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from scipy import stats
 
-from rulediff_nb import metrics
+from rulediff_nb import gates, metrics
 from rulediff_nb.core import COLOURS, range_known, to_8bit
 from rulediff_nb.gates import Gate
 from rulediff_nb.metrics import (
@@ -159,7 +159,7 @@ def test_a_broken_metric_trips_its_control(how, monkeypatch):
     control, name, other = BROKEN[how]
     reads = name in ("measured", "permuted")   # what is kept between calls was made with these
     if reads: real_images.cache_clear()
-    monkeypatch.setattr(metrics, name, other)
+    monkeypatch.setattr(gates if hasattr(gates, name) else metrics, name, other)
     try:
         with pytest.raises(AssertionError): CONTROLS[control]()
     finally:
