@@ -751,7 +751,7 @@ def test_the_plan_is_the_stored_table(name, row):
 
 def test_the_exact_study_has_every_task_with_every_sampler():
     df = results("exact")
-    assert len(df) == len(STUDIES["exact"].plan(False)) == 5*11 and not outdated("exact")
+    assert len(df) == len(STUDIES["exact"].plan(False)) == 5*13 and not outdated("exact")
     assert (df.groupby(["scheduler", "steps", "eta"]).task.nunique() == 5).all() and (df.rule_gap.abs() < .1).all()
     line = STUDIES["exact"].measure(STUDIES["exact"].plan(True)[0], Work((), CPU))
     assert list(line) == [c for c in df if c not in ("task", "scheduler", "steps", "eta", "n", *KEPT)]
