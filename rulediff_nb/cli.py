@@ -580,9 +580,10 @@ def release(
     model.load_state_dict({k: v.half().float() for k, v in kept.items()})   # measured as shipped
     task = model.recipe.task
     x = draw(model.to(default_device()).eval(), **how).cpu()
-    with range_known(): report = rule_report(task, x, train=task.sample(meta['images_in_set'], meta['set_seed'])[0])
+    with range_known(): report = rule_report(task, x, train=task.factors(meta['images_in_set'], meta['set_seed']))
     said = {k: meta[k] for k in KEPT if k in meta}
-    said |= dict(images_seen=sum(v['images'] for v in (*meta['stages'], stage(meta))), report=dict(how, rows=report.to_dict()))
+    said |= dict(images_seen=sum(v['images'] for v in (*meta['stages'], stage(meta))),
+                 report=dict(how, flags=list(report.flags), rows=report.to_dict()))
     print(report)
     return save_release(weights, f'{task.name}-{task.palette}', kept, said)
 

@@ -519,7 +519,9 @@ def near_misses(
     seed:int,  # of the scenes
 )->tuple[Tensor,Tensor]: # (3n,3,s,s) in [-1,1], and their classes
     "Scenes on the rule, and off it by a pixel of 32, or less where a task has no room for that."
-    return contrastive(task, n, seed, max(m for m in margins_for(task) if m <= 1/32))
+    room = margins_for(task)
+    if min(room, default=1) > 1/32: raise ValueError(f"{task.name} has room for margins of {room} only, wanted one of 1/32 or less")
+    return contrastive(task, n, seed, max(m for m in room if m <= 1/32))
 
 class Labelled(NamedTuple):
     "A class-conditional denoiser trained on `near_misses`, a tenth of the labels hidden, as something that rows of studies need."

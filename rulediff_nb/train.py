@@ -10,7 +10,7 @@ __all__ = ['OPTIMIZERS', 'Batch', 'timestep_shares', 'draw_batch', 'Step', 'acce
            'load_run', 'claim', 'stands_at', 'ended_by_term', 'train_steps', 'train', 'run_weights']
 
 # %% ../nbs/07_train.ipynb #d3e2021c
-import atexit, math, os, signal, threading, time, weakref
+import atexit, json, math, os, signal, threading, time, weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -480,7 +480,8 @@ def _train_steps(
     y:Tensor|None, compiled:bool, run_type:type[Run], # see `train_steps`
 )->Iterator[Step]:  # one per step
     "The generator behind `train_steps`."
-    remarks, y = check_json(remarks or {}, 'remarks'), check_set(model, x0, y)
+    remarks = json.loads(json.dumps(check_json(remarks or {}, 'remarks')))   # as a checkpoint gives them back: a tuple as a list
+    y = check_set(model, x0, y)
     run, path = run_type(model.train(), steps, seed, compiled), Path(folder)/'checkpoint.safetensors'
     data = dict(x0=x0) if y is None else dict(x0=x0, y=y)
     about = dict(provenance(run.device), **remarks, images_in_set=len(x0), images_sha256=content_hash(data, {}), seconds=0.)

@@ -37,6 +37,14 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 # ---------------------------------------------------------------- refused before the first step
 
+def test_a_tuple_among_the_remarks_does_not_stop_the_resume(tmp_path):
+    "A checkpoint gives it back as a list."
+    def steps(): return train_steps(net(), X0, tmp_path/"run", 4, every=0., remarks=dict(a=(1, 2), b=dict(c=("x",))))
+    for s in steps():
+        if s.step == 2: break
+    assert [s.step for s in steps()] == [3, 4]
+
+
 @pytest.mark.parametrize("remarks,error,said", [
     (dict(a=torch.ones(2)), TypeError, r"remarks\.a is of type Tensor, which JSON cannot hold"), ({1: "a"}, TypeError, "remarks has the key 1"),
     (dict(a=[dict(b=math.nan)]), ValueError, r"remarks\.a\[0\]\.b is nan"), (dict(where=Path("x")), TypeError, r"remarks\.where is of type \w*Path")])
