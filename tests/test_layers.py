@@ -15,6 +15,7 @@ LAYERS = {  # module -> modules of the package that it may import
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL | {"table"},
     "sample": MODEL | {"table", "metrics"}, "study": MODEL | {"table", "metrics", "train", "sample"},
     "gpu": MODEL | {"table", "metrics", "train", "sample", "study"},
+    "theory": {"core"},
     "coarse_fine": (MODEL - {"store"}) | {"table", "metrics", "sample", "study"}, "classifier": MODEL | {"table", "metrics", "train", "study"},
     "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
     "filter": {"core", "tasks", "metrics", "sample", "classifier", "guide", "table", "study"},
@@ -30,7 +31,7 @@ LIBS = {  # library -> the only modules that may import it
     "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli"},
     "nbdev": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
-APART = {"cli", "trap", "certificate", "gpu", "gates"}   # a reader sees gates as rows of a report
+APART = {"cli", "trap", "certificate", "gpu", "gates", "theory"}   # a reader sees gates as rows of a report; a toy stays in its lesson
 
 
 def imports(tree):

@@ -1,0 +1,112 @@
+"The toy in which everything is known: optima against brute force, and samples against what theory says."
+import math
+
+import pytest
+import torch
+
+from rulediff_nb.theory import (
+    TOY_RULES,
+    Guided,
+    Polynomial,
+    PosteriorMean,
+    Separable,
+    ThreeWay,
+    dsm_loss,
+    rule_rmse,
+    toy_curve,
+    toy_data,
+    toy_sample,
+    toy_schedule,
+)
+
+ABAR = toy_schedule()
+LINE, WAVE = TOY_RULES["line"], TOY_RULES["wave"]
+
+
+def noisy(points, s, n, seed=0): return s*points + n*torch.randn(points.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rule", TOY_RULES.values(), ids=TOY_RULES)
+def test_data_keep_the_rule(rule):
+    for x in (toy_data(rule, 500, 3), toy_curve(rule, 500)):
+        assert x.shape == (500, 2) and rule_rmse(x, rule) < 1e-12 and x.min() > -1e-9 and x.max() < 1 + 1e-9
+    assert torch.equal(toy_data(rule, 9, 1), toy_data(rule, 9, 1)) and not torch.equal(toy_data(rule, 9, 1), toy_data(rule, 9, 2))
+
+
+@pytest.mark.parametrize("s, n", [(.99, .05), (.8, .6), (.2, .98)])
+def test_the_posterior_mean_is_bayes_rule(s, n):
+    points, x = toy_curve(WAVE, 50), noisy(toy_data(WAVE, 20), s, n)
+    weight = torch.stack([torch.stack([(-(v - s*p).square().sum()/(2*n*n)).exp() for p in points]) for v in x])
+    want = weight@points/weight.sum(1, keepdim=True)
+    assert (PosteriorMean(points).x0_hat(x, s, n) - want).abs().max() < 1e-9
+    alone = Separable(points).x0_hat(x, s, n)
+    for k in (0, 1): assert torch.allclose(alone[:, k:k + 1], PosteriorMean(points[:, k:k + 1]).x0_hat(x[:, k:k + 1], s, n))
+    moved = x.clone()
+    moved[:, 1] += .3
+    assert torch.equal(Separable(points).x0_hat(moved, s, n)[:, 0], alone[:, 0]), "it cannot see the other number"
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("s, n", [(.95, .3), (.5, .87)])
+def test_a_polynomial_is_least_squares_over_all_noise(degree, s, n):
+    "Against least squares on a million noisy points."
+    points = toy_data(WAVE, 2000, 1)
+    x0 = points.repeat(500, 1)
+    x = noisy(x0, s, n)
+    fit = Polynomial(points, degree)
+    a, b = (torch.stack([x[:, k]**i for i in range(degree + 1)]) for k in (0, 1))
+    phi = torch.stack([a[i]*b[j] for i, j in fit.powers.T.tolist()], 1)
+    want = torch.linalg.lstsq(phi, x0).solution
+    grid = noisy(points, s, n, 9)[:500]
+    a, b = (torch.stack([grid[:, k]**i for i in range(degree + 1)]) for k in (0, 1))
+    there = torch.stack([a[i]*b[j] for i, j in fit.powers.T.tolist()], 1)@want
+    assert (fit.x0_hat(grid, s, n) - there).square().mean().sqrt() < .01
+    assert (phi@fit.weights(s, n) - x0).square().sum(1).mean() < 1.001*(phi@want - x0).square().sum(1).mean()
+
+
+def test_no_class_beats_the_exact_one_and_a_larger_one_is_better():
+    test, times = toy_data(WAVE, 4000, 99), (50, 200, 400)
+    own = [dsm_loss(c, test, ABAR, times) for c in (PosteriorMean(toy_curve(WAVE)), *(Polynomial(toy_data(WAVE, 20_000, 1), d) for d in (6, 4, 1)))]
+    for better, worse in zip(own, own[1:]): assert all(a < b + 1e-4 for a, b in zip(better, worse))
+    assert sum(dsm_loss(Separable(toy_curve(WAVE)), test, ABAR, times)) > 1.02*sum(own[0])
+
+
+def test_samples_of_the_exact_and_of_the_separable_class():
+    few = ABAR[::4].contiguous()
+    assert rule_rmse(toy_sample(PosteriorMean(toy_curve(LINE, 200)), 400, few), LINE) < .01
+    x = toy_sample(Separable(toy_curve(LINE, 200)), 2000, few, 1)
+    assert abs(rule_rmse(x, LINE) - 6**-.5) < .02 and abs(torch.corrcoef(x.T)[0, 1]) < .06
+    assert torch.equal(toy_sample(Separable(toy_curve(LINE, 20)), 5, few, 1), toy_sample(Separable(toy_curve(LINE, 20)), 5, few, 1))
+
+
+def test_the_gaussian_that_a_linear_denoiser_draws():
+    "Unclipped it has mean and covariance of the data, so the parabola's error is known."
+    x = toy_sample(Polynomial(toy_curve(TOY_RULES["parabola"], 2000), 1), 20_000, ABAR, clip=math.inf)
+    want = torch.cov(toy_curve(TOY_RULES["parabola"], 2000).T)
+    assert (torch.cov(x.T) - want).abs().max() < .004 and abs(rule_rmse(x, TOY_RULES["parabola"]) - .1395) < .005
+
+
+@pytest.mark.parametrize("s, n", [(1., .01), (.9, .44)])
+def test_guidance_is_the_gradient_of_the_scorer(s, n):
+    curve = toy_curve(WAVE, 100)
+    base, scorer, x = PosteriorMean(curve), ThreeWay(curve, .1), noisy(toy_data(WAVE, 6), s, n)
+    def wanted(v): return scorer.logits(v, s, n).log_softmax(1)[:, 1]
+    step = torch.eye(2, dtype=torch.float64)*1e-6
+    slope = torch.stack([(wanted(x + h) - wanted(x - h))/2e-6 for h in step], 1)
+    got = Guided(base, scorer, 2.).x0_hat(x, s, n) - base.x0_hat(x, s, n)
+    assert (got - 2*n*n/s*slope).abs().max() < 1e-5
+    assert torch.equal(Guided(base, scorer, 0.).x0_hat(x, s, n), base.x0_hat(x, s, n))
+
+
+def test_the_scorer_is_blind_under_noise_and_sharp_without():
+    c = ThreeWay(toy_curve(LINE, 300), .1)
+    at = [c.accuracy(1000, math.sqrt(1 - n*n), n) for n in (.005, .1, .5, .99)]
+    assert at[0] > .99 and at == sorted(at, reverse=True) and abs(at[-1] - 1/3) < .04
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: toy_data(LINE, 0), "n must be"), (lambda: toy_data(LINE, 3, -1), "seed must be"), (lambda: toy_schedule(1), "T must be"),
+    (lambda: Polynomial(toy_curve(LINE), 7), "degree must be"), (lambda: Polynomial(toy_curve(LINE), 0), "degree must be"),
+    (lambda: ThreeWay(toy_curve(LINE), -.1), "margin must be positive"), (lambda: toy_curve(LINE, 0), "n must be")])
+def test_what_cannot_be_is_refused(call, word):
+    with pytest.raises(ValueError, match=word): call()
