@@ -1,0 +1,80 @@
+"The verdict: its plan, its rows, and where drawn images differ from rule-abiding ones."
+from collections import Counter
+
+import pytest
+import torch
+
+from rulediff_nb.coarse_fine import CLOCK, LONG, NETWORKS, VARIANTS, WITHOUT, Trained, residual_map, rule_true
+from rulediff_nb.study import TRAINING, Work, row_key
+from rulediff_nb.table import find_study
+from rulediff_nb.tasks import TASKS
+from rulediff_nb.unet import unet
+
+STUDY = find_study("verdict")
+PLAN, CPU = STUDY.plan(False), torch.device("cpu")
+
+
+def test_every_cell_is_planned():
+    rows, seeds = Counter(r.cell for r in PLAN), {c: {r.seed for r in PLAN if r.cell == c} for c in {r.cell for r in PLAN}}
+    assert rows == dict(tasks=21, control=14, network=27, long=16, clock=420, size=6, published=5) and len(set(PLAN)) == len(PLAN)
+    assert len({row_key(STUDY, r) for r in PLAN}) == len(PLAN) and all(len(seeds[c]) == 3 for c in ("tasks", "network", "clock", "size"))
+    sets = {(r.n, r.label) for r in PLAN if r.cell == "clock" and r.task == "two_circles"}
+    assert sets == {(500, "laptop"), (500, "drawn target"), (2000, "laptop"), (2000, "drawn target"), (16_000, "laptop"), (16_000, "drawn target"),
+                    (32*CLOCK[-1], "drawn target")}
+    assert {r.label for r in PLAN if r.cell == "network"} == set(NETWORKS) and {r.steps for r in PLAN if r.cell == "long"} == set(LONG)
+
+
+def test_each_run_keeps_all_marks_that_are_measured():
+    "A run stands beyond a mark that was not kept, so all of its rows must ask for the same ones."
+    runs = {}
+    for r in PLAN:
+        for need in STUDY.needs(r): runs.setdefault(need.key, []).append((r, need))
+    for found in runs.values():
+        assert len({n.marks for _, n in found}) == 1 and {n.at for _, n in found} <= {*found[0][1].marks}
+        assert {r.steps for r, _ in found} == {n.at for _, n in found}
+    assert len(runs) == len({r.run() for r in PLAN if r.length}) == 97
+
+
+@pytest.mark.parametrize("label", sorted({r.label for r in PLAN if r.length}))
+def test_each_variant_can_be_trained(label):
+    row = next(r for r in PLAN if r.label == label and r.length)
+    (need,) = STUDY.needs(row)
+    need.check(CPU)
+    assert need.rule == WITHOUT.get(label, "") in TRAINING and dict(need.changes) == VARIANTS[label] and need.recipe().task.size == row.size
+
+
+def test_networks_are_of_one_size_but_for_the_widths():
+    weights = {k: sum(p.numel() for p in unet("laptop", "sun_shadow_free", **VARIANTS[k]).parameters()) for k in NETWORKS}
+    whole = weights["laptop"]
+    assert all(.9*whole < weights[k] < 1.25*whole for k in NETWORKS if k not in ("narrow", "wide", "short sight")), weights
+    assert weights["narrow"] < .5*whole and weights["wide"] > 2*whole
+
+
+@pytest.mark.parametrize("label", ["untrained", "exact"])
+def test_a_row_without_a_run(label):
+    row = Trained("control", "two_squares", "fixed", label, 40, 0, 0, 0, 16, 3)
+    assert STUDY.needs(row) == ()
+    line = STUDY.measure(row, Work((), CPU))
+    assert line["seen"] == 0 and line["train_seconds"] == 0 and {"rule_gap", "lost", "short_rule_gap", "spread_floor", "flags"} <= set(line)
+    assert (line["memorized"] == 1 and line["readable"] == 1) if label == "exact" else line["rule_gap"] == 1
+    assert ("cleaning_0.2" in line) == (label == "untrained")
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("palette", ["fixed", "random"])
+def test_real_images_have_no_residual_and_broken_ones_have_it_where_they_are_broken(name, palette):
+    task = TASKS[name].with_(palette=palette)
+    x, f = task.sample(24, 5)
+    assert residual_map(task, x).shape == (32, 32) and residual_map(task, x).max() < .02
+    g = task.factors(24, 5, violate="up", margin=1/16)
+    off = task.render(g)
+    found = residual_map(task, off)
+    true = (task.render(task.with_dependent(g, task.dependent(g)[1])) - off).abs().mean((0, 1))
+    assert found.max() > .1 and torch.corrcoef(torch.stack([found.flatten(), true.flatten()]))[0, 1] > .8
+    read = task.features(x)
+    kept = rule_true(task, read)
+    assert type(kept) is task.Factors and (getattr(kept, task.length) - getattr(f, task.length))[read.readable].abs().max() < .01
+
+
+def test_nothing_to_compare_is_said():
+    with pytest.raises(ValueError, match="none of 3 images can be read"): residual_map(TASKS["two_squares"], torch.zeros(3, 3, 32, 32))
