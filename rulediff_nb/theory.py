@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/theory.html.md"""
 
 # %% auto #0
 __all__ = ['TOY_RULES', 'Rule', 'toy_data', 'toy_curve', 'toy_schedule', 'PosteriorMean', 'Separable', 'Polynomial', 'toy_sample',
-           'rule_rmse', 'dsm_loss', 'ThreeWay', 'Guided']
+           'rule_rmse', 'dsm_loss', 'ThreeWay', 'Guided', 'Slopes', 'scene_slopes', 'bayes_error']
 
 # %% ../nbs/10_theory.ipynb #10a00004
 import math
@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import check_int
+from .core import check_int, row_uniform
+from .tasks import Task, draw_rgb
 
 # %% ../nbs/10_theory.ipynb #10a00007
 class Rule(NamedTuple):
@@ -205,3 +206,44 @@ class Guided:
             y = x.detach().requires_grad_()
             grad, = torch.autograd.grad(self.scorer.logits(y, s, n).log_softmax(1)[:, 1].sum(), y)
         return self.denoiser.x0_hat(x, s, n) + self.scale*n*n/s*grad
+
+# %% ../nbs/10_theory.ipynb #10a00031
+class Slopes(NamedTuple):
+    "How the pixels of some scenes change with the numbers that draw them."
+    free:Tensor      # (n,3*s*s,k) float64: by each free number, in units in which it is uniform on [0,1]
+    dependent:Tensor # (n,3*s*s): by the dependent length, the free numbers kept, canvas sides
+    spread:float     # standard deviation of the dependent length over scenes
+
+_JUMP = 100.   # no pixel changes so fast but where a scene jumps, as from one side to the other
+
+def scene_slopes(
+    task:Task,   # whose
+    n:int=64,    # scenes; those that may not be drawn, or jump, are left out
+    seed:int=77, # of the scenes
+    step:float=1e-3, # of the central differences
+)->Slopes:       # of the scenes that are left, and of the numbers that matter
+    "Differentiate a task's images by what is free in them; ValueError where no scene is left."
+    u = row_uniform(check_int(seed, 'seed'), list(range(check_int(n, 'n', 1))), task.n_uniform + 3*len(task.colours), 0, 0)
+    u, rgb = u[:, :task.n_uniform], draw_rgb(u[:, task.n_uniform:], task.colours, task.palette)
+    def pixels(f): return task.render(type(f)(*(v.float() for v in f))).double().flatten(1)
+    def draw(v): return pixels(task.draw(v.clamp(0, 1 - 1e-9), rgb))
+    f = task.draw(u, rgb)
+    true = getattr(f, task.length)
+    free = torch.stack([(draw(u + step*e) - draw(u - step*e))/(2*step) for e in torch.eye(task.n_uniform, dtype=u.dtype)], 2)
+    by_length = (pixels(task.with_dependent(f, true + step)) - pixels(task.with_dependent(f, true - step)))/(2*step)
+    ok = task.inside(f) & (free.abs().amax((1, 2)) < _JUMP)
+    if not ok.any(): raise ValueError(f"none of {n} scenes of {task.name} can be differentiated: draw more")
+    free = free[ok]
+    return Slopes(free[:, :, free.abs().amax((0, 1)) > 1e-3], by_length[ok], true[ok].std().item())
+
+def bayes_error(
+    slopes:Slopes, # of `scene_slopes`
+    sigma:float,   # noise over signal
+    rule:bool=True, # False: the dependent length is not known
+)->float:          # squared error of x0_hat, all pixels together, mean over the scenes
+    "What the best possible denoiser leaves, to first order in the noise."
+    J, precision = slopes.free, torch.full((slopes.free.shape[2],), 12., dtype=torch.float64)   # of a uniform number
+    if not rule:
+        J, precision = torch.cat([J, slopes.dependent[:, :, None]], 2), torch.cat([precision, torch.tensor([slopes.spread**-2], dtype=torch.float64)])
+    inner = J.mT@J
+    return torch.linalg.solve(inner/sigma**2 + precision.diag(), inner).diagonal(dim1=1, dim2=2).sum(1).mean().item()

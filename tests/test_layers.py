@@ -15,7 +15,7 @@ LAYERS = {  # module -> modules of the package that it may import
     "schedule": {"core"}, "unet": {"core", "tasks", "schedule"}, "store": {"core"}, "train": MODEL | {"table"},
     "sample": MODEL | {"table", "metrics"}, "study": MODEL | {"table", "metrics", "train", "sample"},
     "gpu": MODEL | {"table", "metrics", "train", "sample", "study"},
-    "theory": {"core"},
+    "theory": {"core", "tasks"},
     "coarse_fine": (MODEL - {"store"}) | {"table", "metrics", "sample", "study"}, "classifier": MODEL | {"table", "metrics", "train", "study"},
     "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
     "filter": {"core", "tasks", "metrics", "sample", "classifier", "guide", "table", "study"},

@@ -12,13 +12,18 @@ from rulediff_nb.theory import (
     Separable,
     ThreeWay,
     dsm_loss,
+    Slopes,
+    bayes_error,
     rule_rmse,
+    scene_slopes,
     toy_curve,
     toy_data,
     toy_sample,
     toy_schedule,
 )
+from rulediff_nb.tasks import TASKS
 
+torch.set_num_threads(1)
 ABAR = toy_schedule()
 LINE, WAVE = TOY_RULES["line"], TOY_RULES["wave"]
 
@@ -102,6 +107,41 @@ def test_the_scorer_is_blind_under_noise_and_sharp_without():
     c = ThreeWay(toy_curve(LINE, 300), .1)
     at = [c.accuracy(1000, math.sqrt(1 - n*n), n) for n in (.005, .1, .5, .99)]
     assert at[0] > .99 and at == sorted(at, reverse=True) and abs(at[-1] - 1/3) < .04
+
+
+@pytest.mark.parametrize("name, free", [("sun_shadow", 2), ("sun_shadow_free", 3), ("perspective", 3), ("two_circles", 3), ("two_squares", 5)])
+def test_each_free_number_costs_the_noise_once(name, free):
+    "Positions across which a task slides count: two_squares has two on each side, perspective and sun_shadow_free none."
+    s = scene_slopes(TASKS[name], 48)
+    assert s.free.shape[2] == free and s.free.shape[0] == s.dependent.shape[0] > 20
+    for sigma in (.01, .05):
+        known, unknown = bayes_error(s, sigma), bayes_error(s, sigma, False)
+        assert known == pytest.approx(free*sigma**2, rel=.02) and unknown == pytest.approx((free + 1)*sigma**2, rel=.02)
+    assert bayes_error(s, 1e4) == pytest.approx(s.free.square().sum((1, 2)).mean().item()/12, rel=.01), "so much noise: the prior is left"
+
+
+def test_slopes_are_those_of_the_renderer():
+    "Along the free numbers and the dependent length, against a step half as large; an edge that crosses a pixel's border has a kink."
+    a, b = (scene_slopes(TASKS["two_squares"], 24, step=h) for h in (1e-3, 5e-4))
+    for v, w in ((a.free, b.free), (a.dependent, b.dependent)): assert torch.corrcoef(torch.stack([v.flatten(), w.flatten()]))[0, 1] > .99
+
+
+def test_the_best_error_is_that_of_the_best_linear_denoiser():
+    "Numbers, pixels and noise that are normal: simulated."
+    g = torch.Generator().manual_seed(0)
+    def normal(*shape): return torch.randn(shape, generator=g, dtype=torch.float64)
+    J, sigma = normal(1, 30, 3), .8
+    theta = normal(20_000, 3)/12**.5
+    x = theta@J[0].T
+    xt = x + sigma*normal(20_000, 30)
+    best = torch.linalg.lstsq(xt, x).solution
+    assert (xt@best - x).square().sum(1).mean().item() == pytest.approx(bayes_error(Slopes(J, normal(1, 30), 1.), sigma), rel=.02)
+
+
+def test_scenes_that_cannot_be_drawn_are_left_out_and_none_is_refused():
+    with pytest.raises(ValueError, match="none of 1 scenes of two_circles"):
+        next(scene_slopes(TASKS["two_circles"], 1, seed) for seed in range(50) if not TASKS["two_circles"].inside(TASKS["two_circles"]._factors(
+            seed, [0], 0, 0)).any())
 
 
 @pytest.mark.parametrize("call, word", [
