@@ -32,8 +32,8 @@ import rulediff_nb
 from .core import check_images, check_int, in_own_settings, own_settings, row_generator, row_noise, row_uniform
 from .metrics import share_interval
 from .schedule import add_noise, amplitudes, snr
-from .store import content_hash, load_manifest, load_network, save_release
-from .study import computable, content_mark, keep_weights, load_kept, plain
+from .store import content_hash, load_manifest, load_network, plain, save_release
+from .study import computable, content_mark, keep_weights, load_kept
 from .table import Study, Work, register_study
 from .tasks import Task, get_task
 from .train import Batch, Run, Step, check_set, fit, train_steps

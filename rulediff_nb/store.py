@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/store.html.md"""
 
 # %% auto #0
 __all__ = ['StoreError', 'write_atomic', 'read_file', 'check_folder', 'check_file', 'sha256', 'content_hash', 'check_json',
-           'save_tensors', 'load_tensors', 'check_release', 'save_release', 'list_releases', 'load_manifest',
+           'plain', 'save_tensors', 'load_tensors', 'check_release', 'save_release', 'list_releases', 'load_manifest',
            'load_release', 'fill_network', 'open_network', 'load_network']
 
 # %% ../nbs/06_store.ipynb #11b34706
@@ -131,6 +131,13 @@ def check_json(
     elif isinstance(value, float) and not math.isfinite(value): raise ValueError(f"{name} is {value}, which JSON cannot hold")
     elif not isinstance(value, str | int | float | None): raise TypeError(f"{name} is of type {kind}, which JSON cannot hold, got {str(value):.60}")
     return value
+
+def plain(
+    v, # what JSON can hold; a tuple comes back as a list
+    name:str='a value', # what it is, for the message
+):     # the same as JSON gives it back
+    "A value as a file holds it; TypeError or ValueError for what no file holds."
+    return json.loads(json.dumps(check_json(v, name)))
 
 def _stored(
     tensors:dict[str,Tensor], # any device and layout; several may share their memory

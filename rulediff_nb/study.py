@@ -7,10 +7,10 @@ Docs: https://rulediff.github.io/rulediff_nb/study.html.md"""
 # %% auto #0
 __all__ = ['RULE_NOISE', 'TRAINING', 'REPORTED', 'TIMESTEPS', 'SCORES', 'CURVES', 'BRIEF', 'RECIPES', 'noisy_rule', 'Denoiser',
            'computable', 'rehearse', 'content_mark', 'keep_weights', 'load_kept', 'Known', 'ruler_readings',
-           'report_readings', 'all_readings', 'ruler_mark', 'report_mark', 'plain', 'row_inputs', 'outdated', 'row_key',
-           'Done', 'Where', 'damaged_rows', 'provenance_mark', 'write_table', 'write_run', 'use_engine', 'row_states',
-           'chosen', 'run_study', 'ship', 'denoising_error', 'measure_denoiser', 'held_out_ratio', 'Cell', 'grid',
-           'Mark', 'Brief', 'pace', 'Choice']
+           'report_readings', 'all_readings', 'ruler_mark', 'report_mark', 'row_inputs', 'outdated', 'row_key', 'Done',
+           'Where', 'damaged_rows', 'provenance_mark', 'write_table', 'write_run', 'use_engine', 'row_states', 'chosen',
+           'run_study', 'ship', 'denoising_error', 'measure_denoiser', 'held_out_ratio', 'Cell', 'grid', 'Mark',
+           'Brief', 'pace', 'Choice']
 
 # %% ../nbs/08a_study.ipynb #b78672d7
 import itertools, json, math, os, time
@@ -33,7 +33,7 @@ from .metrics import GATES, interval, measure, report_columns, rule_errors, rule
 from .sample import Shipped as Shipped, sample
 from .schedule import add_noise, noise_schedule, snr, solve
 from .store import StoreError, check_file, check_folder, check_json, content_hash, fill_network
-from .store import load_tensors, read_file, save_tensors, sha256, write_atomic
+from .store import load_tensors, plain, read_file, save_tensors, sha256, write_atomic
 from .table import KEPT, RESULTS, Study, Work, about, find_study, provenance, register_study, results
 from .tasks import Task, get_task
 from .train import Run, check_set, claim, run_weights, train_steps
@@ -300,13 +300,6 @@ def _mark(
     return sha256(now.round(3).to_csv(index=False).encode())[:12]
 
 # %% ../nbs/08a_study.ipynb #157cc9f0
-def plain(
-    v, # a value of a row: a number, text, or a tuple
-    name:str='a value', # what it is, for the message
-):     # the same as JSON gives it back
-    "A value as a file holds it; TypeError or ValueError for what no file holds."
-    return json.loads(json.dumps(check_json(v, name)))
-
 def row_inputs(
     study:Study,    # whose row it is
     row:NamedTuple, # of its plan

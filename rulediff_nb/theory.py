@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .core import check_int, row_uniform
+from .schedule import noise_schedule
 from .tasks import Task, draw_rgb
 
 # %% ../nbs/10_theory.ipynb #10a00007
@@ -50,9 +51,16 @@ def toy_schedule(
     T:int=1000, # timesteps
 )->Tensor:      # (T,) float64: cumulative product of 1-beta
     "The published schedule: beta linear from 1e-4 to 2e-2."
-    return torch.cumprod(1 - torch.linspace(1e-4, 2e-2, check_int(T, 'T', 2), dtype=torch.float64), 0)
+    return noise_schedule(T).alphas_cumprod.double()
 
 # %% ../nbs/10_theory.ipynb #10a0000a
+def _log_likelihood(
+    x:Tensor, points:Tensor, # (n,k) noisy points, and (N,k) what may lie behind them
+    s:float, n:float,        # amplitudes of signal and noise
+)->Tensor:                   # (n,N), up to a constant in each row
+    "How likely each point lies behind each noisy one."
+    return (s*x@points.T - .5*s*s*points.square().sum(1))/n**2
+
 class PosteriorMean:
     "The exact denoiser of some points."
     def __init__(self,
@@ -65,7 +73,7 @@ class PosteriorMean:
         n:float,  # of the noise
     )->Tensor:    # (n,k)
         "Mean of the points, weighted by how likely each lies behind `x`."
-        return ((s*x@self.points.T - .5*s*s*self.points.square().sum(1))/n**2).softmax(1)@self.points
+        return _log_likelihood(x, self.points, s, n).softmax(1)@self.points
 
 class Separable:
     "Each number from its own noisy value alone."
@@ -81,6 +89,13 @@ class Separable:
         "The posterior mean of each number."
         return torch.cat([p.x0_hat(x[:, k:k + 1], s, n) for k, p in enumerate(self.parts)], 1)
 
+def _powers(
+    x:Tensor, # (n,2) points
+    most:int, # highest power
+)->tuple[Tensor,Tensor]: # (most+1,n) of each number
+    "Powers of both numbers, from 0 on."
+    return tuple(torch.stack([v**i for i in range(most + 1)]) for v in x.T)
+
 _NORMAL = [1., 0., 1., 0., 3., 0., 15., 0., 105., 0., 945., 0., 10395.]   # moments of N(0,1)
 
 class Polynomial:
@@ -90,7 +105,7 @@ class Polynomial:
         degree:int,    # 1 to 6
     ):
         self.degree, m = check_int(degree, 'degree', 1, 6), 2*degree + 1
-        a, b = (torch.stack([points[:, k]**i for i in range(m + 1)]) for k in (0, 1))
+        a, b = _powers(points, m)
         self.moments = a@b.T/len(points)
         self.powers = torch.tensor([(i, j) for i in range(degree + 1) for j in range(degree + 1 - i)]).T
 
@@ -114,7 +129,7 @@ class Polynomial:
         n:float,  # of the noise
     )->Tensor:    # (n,2)
         "The polynomial's value."
-        a, b = (torch.stack([x[:, k]**i for i in range(self.degree + 1)]) for k in (0, 1))
+        a, b = _powers(x, self.degree)
         return (a[self.powers[0]]*b[self.powers[1]]).T@self.weights(s, n)
 
 # %% ../nbs/10_theory.ipynb #10a0000d
@@ -126,8 +141,8 @@ def toy_sample(
     clip:float=1., # largest absolute value of x0_hat
 )->Tensor:       # (n,2) float64
     "Ancestral sampling (Ho et al. 2020) with the small variance."
-    rng = np.random.default_rng(check_int(seed, 'seed'))
-    def noise(): return torch.from_numpy(rng.standard_normal((check_int(n, 'n', 1), 2)))
+    rng, shape = np.random.default_rng(check_int(seed, 'seed')), (check_int(n, 'n', 1), 2)
+    def noise(): return torch.from_numpy(rng.standard_normal(shape))
     x = noise()
     for t in range(len(abar) - 1, -1, -1):
         here, there = abar[t].item(), abar[t - 1].item() if t else 1.
@@ -175,7 +190,7 @@ class ThreeWay:
         n:float,  # of the noise
     )->Tensor:    # (n,3) log-likelihoods, up to a constant
         "How likely each class is."
-        return torch.stack([((s*x@c.T - .5*s*s*c.square().sum(1))/n**2).logsumexp(1) for c in self.curves], 1)
+        return torch.stack([_log_likelihood(x, c, s, n).logsumexp(1) for c in self.curves], 1)
 
     def accuracy(self,
         n_points:int, # of each class

@@ -10,7 +10,7 @@ __all__ = ['OPTIMIZERS', 'Batch', 'timestep_shares', 'draw_batch', 'Step', 'acce
            'load_run', 'claim', 'stands_at', 'ended_by_term', 'train_steps', 'train', 'run_weights']
 
 # %% ../nbs/07_train.ipynb #d3e2021c
-import atexit, json, math, os, signal, threading, time, weakref
+import atexit, math, os, signal, threading, time, weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .core import check_images, check_int, own_settings, row_generator
 from .schedule import FiniteSet, add_noise, min_snr_weight, snr, target
-from .store import StoreError, check_json, content_hash, load_tensors, save_tensors
+from .store import StoreError, content_hash, load_tensors, plain, save_tensors
 from .table import provenance
 from .unet import Recipe, RuleUNet, check_labels
 
@@ -480,7 +480,7 @@ def _train_steps(
     y:Tensor|None, compiled:bool, run_type:type[Run], # see `train_steps`
 )->Iterator[Step]:  # one per step
     "The generator behind `train_steps`."
-    remarks = json.loads(json.dumps(check_json(remarks or {}, 'remarks')))   # as a checkpoint gives them back: a tuple as a list
+    remarks = plain(remarks or {}, 'remarks')   # as a checkpoint gives them back
     y = check_set(model, x0, y)
     run, path = run_type(model.train(), steps, seed, compiled), Path(folder)/'checkpoint.safetensors'
     data = dict(x0=x0) if y is None else dict(x0=x0, y=y)
