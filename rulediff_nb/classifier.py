@@ -10,8 +10,8 @@ __all__ = ['CLASSES', 'ON', 'Margin', 'PUBLISHED_MARGINS', 'MARGINS', 'PIXEL', '
            'mlp', 'resnet8', 'small_conv', 'pixel_classifier', 'split', 'fit_pixels', 'right', 'PixelRow',
            'share_columns', 'ClassifierRecipe', 'RuleClassifier', 'classifier_recipe', 'classifier',
            'supervised_contrast', 'ClassifierRun', 'graded_factors', 'fit_classifier', 'classifier_steps',
-           'load_classifier', 'TrainedClassifier', 'ShippedClassifier', 'noised_outputs', 'timestep_of',
-           'bayes_accuracy', 'ClassifierRow', 'calibration_error', 'calibration_floor', 'release_classifier']
+           'load_classifier', 'TrainedClassifier', 'ShippedClassifier', 'noised_outputs', 'bayes_accuracy',
+           'ClassifierRow', 'calibration_error', 'calibration_floor', 'release_classifier']
 
 # %% ../nbs/12_classifier.ipynb #08798af0
 import math, time
@@ -31,7 +31,7 @@ from torch.optim.swa_utils import update_bn
 import rulediff_nb
 from .core import check_images, check_int, in_own_settings, own_settings, row_generator, row_noise, row_uniform
 from .metrics import share_interval
-from .schedule import add_noise, amplitudes, snr
+from .schedule import add_noise, amplitudes, timestep_of
 from .store import content_hash, load_manifest, load_network, plain, save_release
 from .study import computable, content_mark, keep_weights, load_kept
 from .table import Study, Work, register_study
@@ -654,14 +654,6 @@ def noised_outputs(
     timesteps, eps = torch.full((len(x),), t), row_noise(check_int(seed, 'seed'), range(len(x)), x.shape[1:], 5033)
     parts = zip(*(v.split(256) for v in (add_noise(x, timesteps, eps, clf.abar.cpu()).to(clf.device), timesteps.to(clf.device))))
     return torch.cat([clf(a, u) for a, u in parts]).cpu()
-
-def timestep_of(
-    sigma:float, # noise on an image of unit signal
-    abar:Tensor, # (T,)
-)->int:          # the timestep whose noise is nearest to it
-    "The timestep with a given amount of noise; ValueError for an amount that is not above 0."
-    if not sigma > 0: raise ValueError(f"sigma must be above 0, got {sigma}")
-    return (snr(abar).log() + 2*math.log(sigma)).abs().argmin().item()
 
 # %% ../nbs/12_classifier.ipynb #594da521
 @own_settings(False)

@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/coarse_fine.html.md"""
 
 # %% auto #0
 __all__ = ['VARIANTS', 'WITHOUT', 'CLOCK', 'FRESH', 'LONG', 'PUBLISHED', 'NETWORKS', 'PAIR', 'rule_true', 'residual_map',
-           'Trained', 'verdict_columns']
+           'Trained', 'training_of', 'untrained_or_exact', 'verdict_columns']
 
 # %% ../nbs/09_coarse_fine.ipynb #09a00004
 from functools import lru_cache
@@ -121,7 +121,7 @@ def _marks(
     for r in _verdict(quick): out.setdefault(r.run(), set()).add(r.steps)
     return {k: tuple(sorted(v)) for k, v in out.items()}
 
-def _verdict_needs(
+def training_of(
     row:Trained, # of `verdict`
 )->tuple:        # its training, with all of its marks
     "A row needs its run, if it is one."
@@ -130,7 +130,7 @@ def _verdict_needs(
     marks = _marks(row.label == 'tiny')[row.run()]
     return (Denoiser(row.task, row.palette, 'laptop', changes, row.length, row.seed, row.n, marks, row.steps, rule, row.size),)
 
-def _without_run(
+def untrained_or_exact(
     row:Trained, # "untrained" or "exact"
 )->nn.Module:    # a denoiser
     "The denoisers that no training makes."
@@ -152,8 +152,8 @@ def _measure_verdict(
     row:Trained, work:Work, # a row, and its denoiser
 )->dict:                    # its line
     "Sample, report, and clean known against fresh images."
-    (need,) = _verdict_needs(row) or (Denoiser(row.task, row.palette, n=row.n, seed=row.seed, size=row.size),)
-    model = work.nets[0] if work.nets else _without_run(row).to(work.device)
+    (need,) = training_of(row) or (Denoiser(row.task, row.palette, n=row.n, seed=row.seed, size=row.size),)
+    model = work.nets[0] if work.nets else untrained_or_exact(row).to(work.device)
     x = sample(model, row.images, row.nfe, seed=777, precision='fp32', progress=False)
     with range_known(): report = rule_report(model.recipe.task, x.cpu(), train=need.scenes())
     known = need._replace(n=min(row.n, 512)).images()   # row i depends on (seed, i) alone: the first of the training set
@@ -162,6 +162,6 @@ def _measure_verdict(
     more = {} if apart is None else {f'cleaning_{s:g}': v for s, v in zip(apart.sigma, apart.ratio)}
     return said | verdict_columns(report) | more
 
-register_study(Study('verdict', 'what diffusion models learn of a rule', _verdict, _measure_verdict, _verdict_needs,
+register_study(Study('verdict', 'what diffusion models learn of a rule', _verdict, _measure_verdict, training_of,
                      keys=('cell', 'task', 'palette', 'label', 'n', 'size', 'length', 'steps'),
                      shown=('rule_gap', 'lost', 'missed', 'error_px', 'memorized', 'marginals', 'flags')))

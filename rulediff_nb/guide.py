@@ -28,13 +28,12 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from rulediff_nb.classifier import (
-    ON, RuleClassifier, ShippedClassifier, TrainedClassifier, check_label, contrastive, each_class, margins_for, noised_outputs, scenes_for,
-    timestep_of)
+from .classifier import (
+    ON, RuleClassifier, ShippedClassifier, TrainedClassifier, check_label, contrastive, each_class, margins_for, noised_outputs, scenes_for)
 from .core import check_int, own_settings, range_known, row_generator
 from .metrics import Measured, measure, measured, paired_gap, report_columns, rule_report
 from .sample import WEIGHTS, check_model, sample
-from .schedule import amplitudes, snr, solve
+from .schedule import amplitudes, snr, solve, timestep_of
 from .store import content_hash, load_manifest
 from .study import Denoiser, Shipped, content_mark, keep_weights, load_kept, rehearse
 from .table import Study, Work, register_study, results

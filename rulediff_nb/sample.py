@@ -6,9 +6,10 @@ Docs: https://rulediff.github.io/rulediff_nb/sample.html.md"""
 
 # %% auto #0
 __all__ = ['TURN', 'SPAN', 'Eta', 'PRECISIONS', 'FEW', 'FITS', 'WEIGHTS', 'MEASURED', 'SAMPLING_SEED', 'DEFAULT', 'OWN',
-           'ExactDenoiser', 'Denoised', 'ddim', 'LogSigmaScheduler', 'fresh_below', 'eta_of', 'misfit', 'check_model',
-           'in_bf16', 'bf16_gains', 'check_precision', 'plan', 'sample_steps', 'sample_batches', 'sample', 'Redrawn',
-           'load_pretrained', 'Shipped', 'Setting', 'Exactly', 'InPrecision', 'Drawn', 'as_pipeline']
+           'ExactDenoiser', 'Denoised', 'ddim', 'LogSigmaScheduler', 'fresh_below', 'eta_of', 'scheduler_steps',
+           'misfit', 'check_model', 'in_bf16', 'bf16_gains', 'check_precision', 'plan', 'sample_steps',
+           'sample_batches', 'sample', 'Redrawn', 'load_pretrained', 'Shipped', 'Setting', 'Exactly', 'InPrecision',
+           'Drawn', 'as_pipeline']
 
 # %% ../nbs/08_sample.ipynb #5b2a62a6
 import copy, difflib, inspect, math, time, warnings
@@ -204,7 +205,7 @@ def _noise_args(
     draws = [int(row_generator(seed, r, 21 + k).integers(2**62)) for r in rows]
     return out | dict(generator=[torch.Generator().manual_seed(d) for d in draws])
 
-def _walk(
+def scheduler_steps(
     predict:Callable[[Tensor,Tensor],Tensor], # (xt, t) -> the model's prediction
     sch:SchedulerMixin,    # its timesteps set
     x:Tensor,              # (n,3,s,s) pure noise of unit size
@@ -239,7 +240,7 @@ def misfit(
             return denoiser.predict(xt, t)
         sch = copy.deepcopy(scheduler)
         sch.set_timesteps(steps)
-        return [d.x for d in _walk(predict, sch, z/z.square().mean().sqrt(), 0, [0], fresh)][-1]
+        return [d.x for d in scheduler_steps(predict, sch, z/z.square().mean().sqrt(), 0, [0], fresh)][-1]
     end = walk(one, noise)
     walk(two, beyond)
     return torch.stack([*off, (end - x0).square().mean().sqrt()]).abs().max().item()
@@ -341,7 +342,7 @@ def _run(
     x = row_noise(seed, rows, (3, s, s), 20, p.device).to(p.dtype)
     def predict(xt, t):
         with in_bf16(half): return model.predict(xt, t.to(p.device).expand(len(rows)), *given).to(xt.dtype)
-    yield from in_own_settings(_walk(predict, copy.deepcopy(sch), x, seed, rows, eta_of(eta, model.recipe)), False)
+    yield from in_own_settings(scheduler_steps(predict, copy.deepcopy(sch), x, seed, rows, eta_of(eta, model.recipe)), False)
 
 def sample_steps(
     model:torch.nn.Module, # has `recipe` and `predict`

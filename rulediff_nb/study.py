@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .core import check_int, default_device, range_known, row_generator, row_noise, to_bytes
 from .metrics import GATES, interval, measure, report_columns, rule_errors, rule_report, trained_on
 from .sample import Shipped as Shipped, sample
-from .schedule import add_noise, noise_schedule, snr, solve
+from .schedule import add_noise, noise_schedule, snr, solve, timestep_of
 from .store import StoreError, check_file, check_folder, check_json, content_hash, fill_network
 from .store import load_tensors, plain, read_file, save_tensors, sha256, write_atomic
 from .table import KEPT, RESULTS, Study, Work, about, find_study, provenance, register_study, results
@@ -780,9 +780,9 @@ def held_out_ratio(
     fresh, eps = model.recipe.task.sample(n, check_int(seed, 'seed'))[0], row_noise(seed, range(n), train.shape[1:], 5038, device)
     pick = torch.from_numpy(row_generator(seed, 0, stream=5037).permutation(len(train))[:n])
     order = torch.from_numpy(row_generator(seed, 1, stream=5037).integers(n, size=(2, 1000, n)))
-    ln, lines = -.5*snr(model.abar).log(), []
+    lines = []
     for sigma in sigmas:
-        t = (ln - math.log(sigma)).abs().argmin().expand(n)
+        t = torch.tensor(timestep_of(sigma, model.abar)).expand(n)
         known, new = (_cleaning_error(model, x.to(device), t, eps).cpu() for x in (train[pick], fresh))
         low, high = interval(known[order[0]].mean(1)/new[order[1]].mean(1))
         a, b = known.mean().item(), new.mean().item()

@@ -228,6 +228,7 @@ class Slopes(NamedTuple):
     free:Tensor      # (n,3*s*s,k) float64: by each free number, in units in which it is uniform on [0,1]
     dependent:Tensor # (n,3*s*s): by the dependent length, the free numbers kept, canvas sides
     spread:float     # standard deviation of the dependent length over scenes
+    x:Tensor         # (n,3,s,s) float32 in [-1,1]: the images
 
 _JUMP = 100.   # no pixel changes so fast but where a scene jumps, as from one side to the other
 
@@ -249,7 +250,7 @@ def scene_slopes(
     ok = task.inside(f) & (free.abs().amax((1, 2)) < _JUMP)
     if not ok.any(): raise ValueError(f"none of {n} scenes of {task.name} can be differentiated: draw more")
     free = free[ok]
-    return Slopes(free[:, :, free.abs().amax((0, 1)) > 1e-3], by_length[ok], true[ok].std().item())
+    return Slopes(free[:, :, free.abs().amax((0, 1)) > 1e-3], by_length[ok], true[ok].std().item(), task.render(type(f)(*(v[ok].float() for v in f))))
 
 def bayes_error(
     slopes:Slopes, # of `scene_slopes`

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import rulediff_nb.features  # noqa: F401 (gives the tasks their ruler)
+from rulediff_nb.schedule import timestep_of
 from rulediff_nb.classifier import (
     CLASSES,
     CLASSIFIER_WEIGHTS,
@@ -45,7 +46,6 @@ from rulediff_nb.classifier import (
     scenes_for,
     split,
     supervised_contrast,
-    timestep_of,
 )
 from rulediff_nb.core import row_generator
 from rulediff_nb.schedule import best_accuracy, noise_schedule, snr
