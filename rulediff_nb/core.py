@@ -7,8 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/core.html.md"""
 # %% auto #0
 __all__ = ['COLOURS', 'row_generator', 'check_int', 'row_uniform', 'row_noise', 'own_settings', 'in_own_settings', 'check_images',
            'range_known', 'check_range', 'to_8bit', 'to_bytes', 'from_bytes', 'default_device', 'show', 'to_numpy',
-           'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'plot_errors', 'plot_report', 'picture_names',
-           'save_images', 'read_grid', 'explore', 'in_test', 'progress', 'Exercise']
+           'plot_rule', 'Panel', 'mosaic', 'plot_panels', 'light', 'plot_errors', 'plot_report', 'plot_levels',
+           'picture_names', 'save_images', 'read_grid', 'explore', 'in_test', 'progress', 'Exercise']
 
 # %% ../nbs/00_core.ipynb #ab5f353f
 import io, math, os, re, sys, tempfile, warnings
@@ -370,6 +370,23 @@ def plot_report(
     fig.tight_layout()
     plt.close(fig)
     return fig
+
+# %% ../nbs/00_core.ipynb #c0levels
+def plot_levels(
+    lines:Sequence[tuple], # (name in the legend, noise levels, values, lower ends, upper ends), the last two NaN where there is no interval
+    ylabel:str='',         # what the values are
+    ax=None,               # matplotlib axes to draw into; None: a new figure
+):                         # the figure
+    "Values against the noise level, with their intervals as bands."
+    import matplotlib.pyplot as plt
+    if ax is None:
+        fig, ax = plt.subplots(figsize=(5, 3), layout='constrained'); plt.close(fig)
+    for name, sigma, value, low, high in lines:
+        drawn, = ax.plot(sigma, value, 'o-', ms=3, lw=1.2, label=name)
+        ax.fill_between(sigma, low, high, color=drawn.get_color(), alpha=.2, lw=0)
+    ax.set(xscale='log', xlabel='noise level sigma', ylabel=ylabel)
+    if len(lines) > 1: ax.legend(fontsize=7, frameon=False)
+    return ax.figure
 
 # %% ../nbs/00_core.ipynb #c0save02
 @contextmanager

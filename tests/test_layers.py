@@ -17,6 +17,7 @@ LAYERS = {  # module -> modules of the package that it may import
     "gpu": MODEL | {"table", "metrics", "train", "sample", "study"},
     "theory": {"core", "tasks", "schedule"},
     "coarse_fine": (MODEL - {"store"}) | {"table", "gates", "metrics", "sample", "study"},
+    "when": {"core", "tasks", "schedule", "table", "gates", "metrics", "sample", "study", "theory", "coarse_fine"},
     "classifier": MODEL | {"table", "metrics", "train", "study"},
     "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
     "filter": {"core", "tasks", "metrics", "sample", "classifier", "guide", "table", "study"},
@@ -28,8 +29,8 @@ LIBS = {  # library -> the only modules that may import it
     "accelerate": {"train", "sample", "classifier", "cli"}, "pytorch_optimizer": {"train"},
     "joblib": {"study"}, "dask": {"study"}, "ray": {"study"}, "filelock": {"train", "study"},
     "huggingface_hub": {"store", "unet", "sample", "cli", "card"},
-    "scipy": {"gates", "metrics"},
-    "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli"},
+    "scipy": {"gates", "metrics", "when"},
+    "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli", "when"},
     "nbdev": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
 APART = {"cli", "trap", "certificate", "gpu", "gates", "theory"}   # a reader sees gates as rows of a report; a toy stays in its lesson
