@@ -369,18 +369,28 @@ def dimension(
     return Diagnosis('dimension', pd.DataFrame(lines), m*len(sigmas)*(1 + 2*probes + 2))
 
 # %% ../nbs/11_when.ipynb #11a0001d
+def _covers(
+    task:Task, f:NamedTuple, # whose scenes
+)->Tensor:                   # (n,objects,s,s) in [0,1]
+    "Share of each pixel that each object covers."
+    return torch.stack([shape_coverage(s, task.size) for s in task.shapes(f)], 1)
+
 def known_pixels(
     task:Task,     # whose
     f:NamedTuple,  # n factors
+    ring:int=2,    # pixels
 )->Tensor:         # (n,s,s) bool
-    "The pixels of the objects whose size the rule does not set; those that the dependent object touches are not among them."
-    longer = task.with_dependent(f, getattr(f, task.length)*1.1)
-    covers = [torch.stack([shape_coverage(s, task.size) for s in task.shapes(g)], 1) for g in (f, longer)]
-    dependent = (covers[1] - covers[0]).sum((2, 3)).abs().argmax(1)   # only one object's area changes
-    hit = covers[0] > 0
-    own = hit[torch.arange(len(hit)), dependent]
-    hit[torch.arange(len(hit)), dependent] = False
-    return hit.any(1) & ~own
+    "The objects whose size the rule does not set, with a ring of background that the dependent object cannot reach at any length."
+    covers, lengths = _covers(task, f), getattr(task.factors(32, 0), task.length)
+    others = [_covers(task, task.with_dependent(f, torch.full_like(lengths[:1], v).expand(len(f.rgb)))) for v in lengths.tolist()]
+    dependent = (others[0] - covers).sum((2, 3)).abs().argmax(1)   # only one object's area changes
+    rows = torch.arange(len(covers))
+    reach, own = torch.stack(others).amax(0)[rows, dependent] > 0, covers[rows, dependent] > 0
+    rest = covers > 0
+    rest[rows, dependent] = False
+    rest = rest.any(1)
+    near = torch.nn.functional.max_pool2d(rest.float(), 2*ring + 1, 1, ring) > 0
+    return (rest | near & ~reach) & ~own
 
 def inpaint(
     model:nn.Module, # has `recipe` and `predict`
