@@ -6,16 +6,17 @@ Docs: https://rulediff.github.io/rulediff_nb/theory.html.md"""
 
 # %% auto #0
 __all__ = ['TOY_RULES', 'Rule', 'toy_data', 'toy_curve', 'toy_schedule', 'PosteriorMean', 'Separable', 'Polynomial', 'toy_sample',
-           'rule_rmse', 'dsm_loss', 'ThreeWay', 'Guided', 'Slopes', 'scene_slopes', 'bayes_error']
+           'rule_rmse', 'dsm_loss', 'TwoLayer', 'fit_toy', 'Patches', 'toy_patches', 'PatchNetwork', 'ThreeWay',
+           'Guided', 'Slopes', 'scene_slopes', 'bayes_error']
 
 # %% ../nbs/10_theory.ipynb #10a00004
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .core import check_int, row_uniform
 from .schedule import noise_schedule
@@ -173,6 +174,117 @@ def dsm_loss(
         x = s*points + n*torch.from_numpy(rng.standard_normal(points.shape))
         out.append((denoiser.x0_hat(x, s, n) - points).square().sum(1).mean().item())
     return out
+
+# %% ../nbs/10_theory.ipynb #10a00051
+def _level(
+    s:float|Tensor, n:float|Tensor, # amplitudes of signal and noise
+)->Tensor:                          # (...,3)
+    "A noise level as a network sees it."
+    s, n = torch.as_tensor(s, dtype=torch.float32), torch.as_tensor(n, dtype=torch.float32)
+    return torch.stack([s, n, (n/s).log()/4], -1)
+
+class TwoLayer(nn.Module):
+    "A network of one hidden layer of ReLUs, on both numbers or, with the same weights, on each number alone."
+    def __init__(self,
+        width:int,  # hidden units
+        joint:bool, # False: it sees one number, and which of the two it is
+        seed:int=0, # of the weights
+    ):
+        super().__init__()
+        self.joint, rng = joint, torch.Generator().manual_seed(check_int(seed, 'seed'))
+        inputs, outputs = (5, 2) if joint else (6, 1)
+        def weights(*shape): return nn.Parameter(torch.randn(*shape, generator=rng)/math.sqrt(shape[1]))
+        self.w, self.v, self.b = weights(check_int(width, 'width', 1), inputs), weights(outputs, width), weights(width, 1)
+        self.c = nn.Parameter(torch.full((outputs,), .5))
+
+    def forward(self,
+        x:Tensor,     # (n,2) float32
+        level:Tensor, # (n,3) of `_level`
+    )->Tensor:        # (n,2)
+        "x0_hat."
+        if self.joint: z = torch.cat([x, level], 1)
+        else: z = torch.cat([x.reshape(-1, 1), torch.eye(2).repeat(len(x), 1), level.repeat_interleave(2, 0)], 1)
+        return ((z@self.w.T + self.b[:, 0]).relu()@self.v.T + self.c).reshape(-1, 2)
+
+    @torch.no_grad()
+    def x0_hat(self,
+        x:Tensor, # (n,2) noisy points
+        s:float,  # amplitude of the signal
+        n:float,  # of the noise
+    )->Tensor:    # (n,2)
+        "The network's output."
+        return self(x.float(), _level(s, n).expand(len(x), -1)).double()
+
+def fit_toy(
+    net:nn.Module, # called with noisy points and their levels
+    points:Tensor, # (N,...) clean ones
+    abar:Tensor,   # (T,) of `toy_schedule`
+    steps:int,     # of Adam, its rate falling to 0 along a cosine
+    seed:int=0,    # of batches and noise
+    batch:int=256, # points per step
+    lr:float=3e-3, # first learning rate
+)->Iterator[float]: # the loss of each step
+    "Denoising score matching by gradient descent."
+    rng, opt = torch.Generator().manual_seed(check_int(seed, 'seed')), torch.optim.Adam(net.parameters(), lr=lr)
+    course = torch.optim.lr_scheduler.CosineAnnealingLR(opt, check_int(steps, 'steps', 1))
+    for _ in range(steps):
+        x0 = points[torch.randint(len(points), (batch,), generator=rng)].float()
+        a = abar[torch.randint(len(abar), (batch,), generator=rng)]
+        s, n = a.sqrt().float(), (1 - a).sqrt().float()
+        wide = (-1, *[1]*(x0.ndim - 1))
+        xt = s.view(wide)*x0 + n.view(wide)*torch.randn(x0.shape, generator=rng)
+        loss = (net(xt, _level(s, n)) - x0).square().flatten(1).sum(1).mean()
+        opt.zero_grad(), loss.backward(), opt.step(), course.step()
+        yield loss.item()
+
+# %% ../nbs/10_theory.ipynb #10a00054
+class Patches(NamedTuple):
+    "Images of several patches: two show the numbers, each along a direction of its own, the others show noise."
+    x:Tensor # (n,patches,d) float32
+    u:Tensor # (d,) direction of the first number
+    v:Tensor # (d,) of the second
+
+def toy_patches(
+    points:Tensor, # (n,2)
+    d:int=32,      # pixels of a patch
+    patches:int=4, # in an image, 2 or more
+    noise:float=.1, # standard deviation of a noise patch's pixels
+    seed:int=0,    # of directions and noise
+)->Patches:        # the images
+    "The toy with all its dimensions."
+    rng = torch.Generator().manual_seed(check_int(seed, 'seed'))
+    u, v = torch.linalg.qr(torch.randn(check_int(d, 'd', 2), 2, generator=rng))[0].T
+    x = noise*torch.randn(len(points), check_int(patches, 'patches', 2), d, generator=rng)
+    x[:, 0], x[:, 1] = points[:, :1].float()*u, points[:, 1:].float()*v
+    return Patches(x, u, v)
+
+class PatchNetwork(nn.Module):
+    "Two layers, tied: each patch is written with the same weights that read it."
+    def __init__(self,
+        d:int,     # pixels of a patch
+        width:int, # hidden units
+        seed:int=0, # of the weights
+    ):
+        super().__init__()
+        rng = torch.Generator().manual_seed(check_int(seed, 'seed'))
+        self.w = nn.Parameter(.1*torch.randn(check_int(width, 'width', 1), d, generator=rng))
+        self.level, self.gain = (nn.Parameter(.1*torch.randn(width, 3, generator=rng)) for _ in range(2))
+        self.one = nn.Parameter(torch.ones(width))
+
+    def forward(self,
+        x:Tensor,     # (n,patches,d)
+        level:Tensor, # (n,3) of `_level`
+    )->Tensor:        # like `x`
+        "x0_hat."
+        seen = (x@self.w.T + (level@self.level.T)[:, None]).relu()
+        return (seen*(self.one + level@self.gain.T)[:, None])@self.w
+
+    def alignment(self,
+        *directions:Tensor, # (d,) unit vectors
+    )->list[float]:         # share of the weights' squared length along each; 1/d for a direction without meaning
+        "How much of the weights points along some directions."
+        w = self.w.detach()
+        return [((w@k).square().sum()/w.square().sum()).item() for k in directions]
 
 # %% ../nbs/10_theory.ipynb #10a0001d
 class ThreeWay:

@@ -8,16 +8,20 @@ from rulediff_nb.theory import (
     TOY_RULES,
     Guided,
     Polynomial,
+    PatchNetwork,
     PosteriorMean,
     Separable,
     ThreeWay,
+    TwoLayer,
     dsm_loss,
+    fit_toy,
     Slopes,
     bayes_error,
     rule_rmse,
     scene_slopes,
     toy_curve,
     toy_data,
+    toy_patches,
     toy_sample,
     toy_schedule,
 )
@@ -150,3 +154,42 @@ def test_scenes_that_cannot_be_drawn_are_left_out_and_none_is_refused():
     (lambda: ThreeWay(toy_curve(LINE), -.1), "margin must be positive"), (lambda: toy_curve(LINE, 0), "n must be")])
 def test_what_cannot_be_is_refused(call, word):
     with pytest.raises(ValueError, match=word): call()
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_two_layers_learn_and_repeat(joint):
+    points = toy_data(LINE, 2000, 1)
+    def run(seed): return [*fit_toy(net := TwoLayer(32, joint, seed), points, ABAR, 400, seed)], net
+    (one, net), (two, _), (other, _) = run(0), run(0), run(1)
+    assert one == two != other and len(one) == 400 and sum(one[-50:]) < .7*sum(one[:50])
+    x = torch.tensor([[.3, .7], [.3, .1]], dtype=torch.float64)
+    out = net.x0_hat(x, .99, .14)
+    assert out.shape == (2, 2) and out.dtype == torch.float64
+    assert torch.equal(out[0, 0], out[1, 0]) is not joint   # a tied network's first number does not depend on the second
+
+
+def test_a_tied_network_is_no_better_than_the_separable_optimum():
+    points, fresh, curve = toy_data(WAVE, 5000, 1), toy_data(WAVE, 3000, 2), toy_curve(WAVE)
+    for _ in fit_toy(net := TwoLayer(64, False), points, ABAR, 1500): pass
+    times = [50, 200]
+    got, best = dsm_loss(net, fresh, ABAR, times), dsm_loss(Separable(curve), fresh, ABAR, times)
+    assert all(b*.98 < g < 1.6*b for g, b in zip(got, best))
+
+
+def test_patches_show_the_numbers_along_their_directions():
+    points = toy_data(WAVE, 50, 3)
+    p = toy_patches(points, 16, 3, .2, 5)
+    assert p.x.shape == (50, 3, 16) and abs(p.u@p.v) < 1e-6 and p.u.norm() == pytest.approx(1)
+    assert torch.allclose(torch.stack([p.x[:, 0]@p.u, p.x[:, 1]@p.v], 1).double(), points, atol=1e-5)
+    assert p.x[:, 2].std() == pytest.approx(.2, rel=.1) and torch.linalg.matrix_rank(p.x[:, 0]) == 1
+
+
+def test_patch_network_turns_towards_the_features():
+    p = toy_patches(toy_data(WAVE, 2000, 1), 16, 3)
+    net = PatchNetwork(16, 16)
+    before = sum(net.alignment(p.u, p.v))
+    for _ in fit_toy(net, p.x, ABAR, 400, lr=1e-2): pass
+    assert before < .3 and sum(net.alignment(p.u, p.v)) > .45
+    assert sum(net.alignment(*torch.eye(16))) == pytest.approx(1, abs=1e-5)
+    swapped = net(p.x[:4].flip(1), torch.zeros(4, 3))
+    assert torch.allclose(swapped, net(p.x[:4], torch.zeros(4, 3)).flip(1), atol=1e-6)   # all patches alike
