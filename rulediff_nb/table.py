@@ -59,7 +59,7 @@ class Study:
     reports:bool = True             # False: its numbers rest on the ruler alone, not on what a report makes of its readings
 
 STUDIES:dict[str,Study] = {}
-MODULES = 'certificate', 'sample', 'study', 'coarse_fine', 'when', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # they define studies
+MODULES = 'certificate', 'sample', 'study', 'coarse_fine', 'when', 'bumps', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # they define studies
 
 def register_study(
     study:Study, # a new one, or one of the same name whose definition has changed

@@ -7,8 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/when.html.md"""
 # %% auto #0
 __all__ = ['SIGMAS', 'LEAST', 'MARGINS', 'WINDOWS', 'DIAGNOSES', 'TRIALS', 'FULL', 'CHECKPOINTS', 'SEEN', 'Diagnosis',
            'timestep_for', 'clean_estimate', 'coherence', 'continue_from', 'restart', 'settling', 'Linearized', 'gains',
-           'dimension', 'known_pixels', 'inpaint', 'conditional', 'forced_choice', 'activations', 'readout', 'auc',
-           'late_variance', 'drawn', 'Examined']
+           'dimension', 'known_pixels', 'inpaint', 'conditional', 'forced_choice', 'unet_blocks', 'activations',
+           'readout', 'auc', 'late_variance', 'drawn', 'Examined']
 
 # %% ../nbs/11_when.ipynb #11a00004
 import math
@@ -508,7 +508,7 @@ def _balanced(
     return value, value - half, value + half
 
 # %% ../nbs/11_when.ipynb #11a00025
-def _blocks(
+def unet_blocks(
     model:nn.Module, # a `RuleUNet`
 )->dict[str,nn.Module]: # name -> block
     "The blocks of a U-Net, in the order in which they compute; ValueError for another network."
@@ -524,7 +524,7 @@ def activations(
     seed:int=0,      # of the noise
 )->dict[str,Tensor]: # block -> (n,features); "pixels": the noised image itself
     "What the blocks of a U-Net output for noised images."
-    blocks, kept = _blocks(model), {}
+    blocks, kept = unet_blocks(model), {}
     def keep(name): return lambda module, given, out: kept.setdefault(name, []).append((out[0] if isinstance(out, tuple) else out).flatten(1).cpu())
     hooks = [b.register_forward_hook(keep(k)) for k, b in blocks.items()]
     try: clean_estimate(model, x0, sigma, seed)

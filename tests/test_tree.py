@@ -9,7 +9,7 @@ from tree import NAME, ROOT, files, modules, notebooks
 
 LESSONS = ["index", "00_core", "01_tasks", "02_features", "02a_gates", "03_metrics", "03a_certificate", "03b_trap",
            "04_schedule", "05_unet", "06_store", "07_train", "08_sample", "09_coarse_fine", "10_theory", "11_when",
-           "12_classifier", "13_guide", "14_filter", "23_card", "90_cli", "91_sixth_world"]
+           "12_classifier", "13_guide", "14_filter", "20_bumps", "23_card", "90_cli", "91_sixth_world"]
 TOP = ["settings.ini", "pyproject.toml", "_quarto.yml", "README.md", "Makefile", "constraints.txt", "LICENSE", "CITATION.cff",
        "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run", f"{NAME}/py.typed", f"{NAME}/all.py", "nbs/_quarto.yml"]
 
