@@ -59,15 +59,22 @@ def _layers(
         yield model
         model = getattr(model, 'model', None)
 
+def _with_rule(
+    task:Task, # found
+)->Task:       # the same
+    "ValueError for data without a rule between two features."
+    if not hasattr(task, 'sides'): raise ValueError(f"{task.name} has no rule between two features: there is nothing to report")
+    return task
+
 def task_of(
     asked:Task|str|Any, # a task, its name, or a model
 )->Task:                # the task
-    "The task that is meant: of a model `model.task`, else `model.recipe.task`; TypeError for anything else."
-    if isinstance(asked, str): return get_task(asked)
-    if isinstance(asked, Task): return asked
+    "The task that is meant: of a model `model.task`, else `model.recipe.task`; TypeError for anything else, ValueError for one without a rule."
+    if isinstance(asked, str): return _with_rule(get_task(asked))
+    if isinstance(asked, Task): return _with_rule(asked)
     for m in _layers(asked):
         for owner in (m, getattr(m, 'recipe', None)):
-            if isinstance(found := getattr(owner, 'task', None), Task): return found
+            if isinstance(found := getattr(owner, 'task', None), Task): return _with_rule(found)
     raise TypeError("wanted a task, the name of one, or a model that carries one as `model.task` or `model.recipe.task`, "
                     f"got {asked.__name__ if isinstance(asked, type) else type(asked).__name__}")
 

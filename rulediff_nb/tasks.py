@@ -152,6 +152,7 @@ class Task:
     length:ClassVar[str] = ''                  # name of the dependent length in `Factors`
     paper_n:ClassVar[int] = 2000               # images in the published training set
     n_uniform:ClassVar[int] = 8                # numbers that `draw` uses for the geometry
+    pale:ClassVar[bool] = False                # True: its images may have no dark pixel
 
     def __post_init__(self):
         check_int(self.size, 'size', 16, 256)

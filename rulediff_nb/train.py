@@ -312,7 +312,7 @@ def check_set(
     "ValueError or TypeError unless `x0` holds images of the model's size, with labels if and only if it takes them."
     if not len(check_images(x0, model.recipe.task.size)): raise ValueError("the training set is empty")
     low, high = x0.aminmax()
-    if len(x0) >= 8 and 0 <= low < .3 < high:   # real scenes go below 0
+    if len(x0) >= 8 and 0 <= low < .3 < high and not model.recipe.task.pale:   # real scenes go below 0
         raise ValueError(f"the training set must be in [-1,1], but lies in [{low:.3g}, {high:.3g}]; for 0..1 use 2*x - 1")
     if y is None and (model.recipe.classes or model.recipe.conditions): raise ValueError("this network is trained with labels, got none")
     return check_labels(y, len(x0), model.recipe)
