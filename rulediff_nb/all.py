@@ -37,6 +37,6 @@ from rulediff_nb.table import Study, register_study, results
 from rulediff_nb.tasks import TASKS, Perspective, SunShadow, Task, TwoCircles, TwoSquares, check_task, get_task, register
 from rulediff_nb.train import fit, train, train_steps
 from rulediff_nb.unet import PRESETS, Recipe, RuleUNet, recipe, unet
-from rulediff_nb.when import DIAGNOSES, coherence, inpaint
+from rulediff_nb.when import DIAGNOSES, inpaint
 
 __all__ = [name for name in dir() if not name.startswith('_')]

@@ -47,11 +47,11 @@ class Bumps(Task):
     sd:float = math.sqrt(2) # standard deviation, pixels
     kind:str = 'bump'       # a key of `KINDS`
 
-    name:ClassVar[str] = 'bumps'
-    colours:ClassVar[tuple[str,...]] = ('grey',)
-    Factors:ClassVar[type] = BumpFactors
-    n_uniform:ClassVar[int] = 2
-    pale:ClassVar[bool] = True
+    name:ClassVar[str] = 'bumps'                   # key in `WORLDS`
+    colours:ClassVar[tuple[str,...]] = ('grey',)   # one object; its colour is not used
+    Factors:ClassVar[type] = BumpFactors           # what draws it
+    n_uniform:ClassVar[int] = 2                    # numbers that place it
+    pale:ClassVar[bool] = True                     # stripes have no dark pixel
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,8 +89,8 @@ class Bumps(Task):
         return self.draw(row_uniform(check_int(seed, 'seed'), list(range(check_int(n, 'n'))), 2, 0, 0).float(), None)
 
     def tiling(self,
-        dx:float=1., # distance of neighbouring centres, pixels
-        dy:float=1.,
+        dx:float=1., # distance of neighbouring centres along x, pixels
+        dy:float=1., # along y
     )->tuple[Tensor,BumpFactors]: # images, and every centre of a grid
         "A training set: one image for each centre."
         for name, d in (('dx', dx), ('dy', dy)):
@@ -340,8 +340,9 @@ class Seen(NamedTuple):
     read:BumpReading # what was drawn
 
 def far_off(
-    f:BumpFactors, r:BumpReading, # conditions and readings
-)->tuple[Tensor,Tensor,Tensor]:   # (n,) along x, along y, together; infinite where nothing can be read
+    f:BumpFactors, # conditions
+    r:BumpReading, # of the images that were drawn for them
+)->tuple[Tensor,Tensor,Tensor]: # (n,) along x, along y, together; infinite where nothing can be read
     "Distance of what was drawn from the condition, pixels."
     dx, dy = ((a - b).abs().nan_to_num(math.inf) for a, b in ((r.x, f.x), (r.y, f.y)))
     return dx, dy, torch.hypot(dx, dy)
@@ -367,15 +368,20 @@ def draw_at(
     return Seen(x, f, world.features(x))
 
 def places_between(
-    world:Bumps, n:int=192, seed:int=5, # how many
-)->BumpFactors:                         # centres off any grid, 4 px from the edge or more
+    world:Bumps, # whose canvas
+    n:int=192,   # how many
+    seed:int=5,  # of the places
+)->BumpFactors:  # centres off any grid, 4 px from the edge or more
     "Conditions to test with."
     u = row_uniform(seed, list(range(n)), 2, 5059, 0).float()
     return world.at(*(4 + (world.size - 8)*u).T)
 
 def places_on(
-    f:BumpFactors, world:Bumps, n:int=192, seed:int=5, # a training set's centres
-)->BumpFactors:                                        # some of them, 4 px from the edge or more
+    f:BumpFactors, # a training set's centres
+    world:Bumps,   # whose canvas
+    n:int=192,     # how many
+    seed:int=5,    # of the choice
+)->BumpFactors:    # some of them, 4 px from the edge or more
     "Conditions that were trained."
     room = world.size/2 - 4
     inner = ((f.x - world.size/2).abs() <= room) & (((f.y - world.size/2).abs() <= room) | (world.kind == 'stripe'))
@@ -419,9 +425,10 @@ def phases(
         if s.step in marks: yield look(model, s.step, trained, n, order_too)
 
 def learning_time(
-    steps:Sequence[float], shares:Sequence[float], # of marks
-    level:float=.5,
-)->float:                                          # steps; NaN if it is never reached
+    steps:Sequence[float],  # at which was looked
+    shares:Sequence[float], # what was seen
+    level:float=.5,         # that a share must reach
+)->float:                   # steps; NaN if it is never reached
     "The step at which a share first reaches a level, between marks by a straight line."
     before = None
     for s, v in zip(steps, shares):
@@ -438,19 +445,21 @@ class Set(NamedTuple):
     f:BumpFactors # centres of its bumps
 
 def grid_set(
-    dx:float=1., dy:float=1., # distance of neighbouring centres, pixels
-    kind:str='bump',          # a key of `KINDS`
-)->Set:                       # all centres of a grid
+    dx:float=1., # distance of neighbouring centres along x, pixels
+    dy:float=1., # along y
+    kind:str='bump', # a key of `KINDS`
+)->Set:          # all centres of a grid
     "The study's training set."
     world = WORLDS['bumps'].with_(kind=kind)
     x, f = world.tiling(dx, dy)
     return Set(world, x, world.condition(f), f)
 
 def inside_gap(
-    f:BumpFactors, size:int, # centres, pixels per side
-    width:float,             # of the gap, pixels
-    both:bool,               # True: a square, held-out pairs of seen x and y; False: a band, held-out x
-)->Tensor:                   # (n,) bool
+    f:BumpFactors, # centres
+    size:int,      # pixels per side
+    width:float,   # of the gap, pixels
+    both:bool,     # True: a square, held-out pairs of seen x and y; False: a band, held-out x
+)->Tensor:         # (n,) bool
     "Which centres lie in the middle of the canvas."
     x, y = ((v - size/2).abs() < width/2 for v in (f.x, f.y))
     return x & y if both else x
@@ -468,10 +477,13 @@ def stripe_set(
     bumps:int,     # of the images show a bump, at random places of the grid
     stripes:bool,  # False: leave the stripes out
     seed:int=0,    # which places
+    width:float=0., # of a gap that no bump lies in, pixels
+    both:bool=False, # see `inside_gap`
 )->Set:            # conditions (x, y, whether x is given, whether y is given), 1 and -1
-    "Vertical stripes whose x is given, horizontal ones whose y is given, and a few bumps."
+    "Vertical stripes whose x is given, horizontal ones whose y is given, all over the canvas, and a few bumps."
     whole, across = grid_set(), grid_set(.25, 1., 'stripe')
-    pick = torch.from_numpy(row_generator(seed, 1, stream=5059).permutation(len(whole.x))[:check_int(bumps, 'bumps', 1)])
+    order_of = torch.from_numpy(row_generator(seed, 1, stream=5059).permutation(len(whole.x)))
+    pick = order_of[~inside_gap(whole.f, whole.world.size, width, both)[order_of]][:check_int(bumps, 'bumps', 1)]
     xs, ys = [whole.x[pick]], [torch.cat([whole.y[pick], torch.ones(len(pick), 2)], 1)]
     if stripes:
         at, none = across.y, torch.zeros_like(across.y)
@@ -482,10 +494,10 @@ def stripe_set(
 # %% ../nbs/20_bumps.ipynb #20a0001e
 class BumpRow(NamedTuple):
     "A row of the study `bumps`: one training."
-    part:str        # "phases", "skew", "density", "gap", "pairs", "stripes and bumps" or "bumps alone"
+    part:str        # "phases", "skew", "density", "gap", "pairs", "stripes and bumps", "bumps alone"; the latter two also after "gap, "
     kind:str='bump' # a key of `KINDS`
-    dx:float=1.     # distance of neighbouring centres, pixels
-    dy:float=1.
+    dx:float=1.     # distance of neighbouring centres along x, pixels
+    dy:float=1.     # along y
     width:float=0.  # of the gap, pixels
     bumps:int=0     # bumps beside the stripes
     seed:int=0      # of weights, batches and noise
@@ -500,7 +512,9 @@ def _bump_rows(
     quick:bool, # tiny ones
 )->list[BumpRow]: # required ones first
     "Every setting with its first seed before any with its second."
-    if quick: return [BumpRow(p, steps=4, tests=40, width=4., bumps=8) for p in ('phases', 'skew', 'gap', 'stripes and bumps')]
+    if quick:
+        sets = BumpRow('phases'), BumpRow('skew'), BumpRow('gap', width=4.), BumpRow('pairs, stripes and bumps', width=4., bumps=8)
+        return [r._replace(steps=4, tests=40) for r in sets]
     out:list[BumpRow] = []
     for s in range(3):
         out += [BumpRow('phases', seed=s)]
@@ -509,14 +523,17 @@ def _bump_rows(
         out += [BumpRow('density', 'bump', d, d, seed=s) for d in (.5, 1.5, 2., 2.83, 4., 5.66)]
         out += [BumpRow(p, width=w, seed=s) for p in ('gap', 'pairs') for w in (2., 4., 6., 8.)]
         out += [BumpRow(p, bumps=n, seed=s) for p in ('stripes and bumps', 'bumps alone') for n in (16, 64, 256)]
+        out += [BumpRow(f'{g}, {p}', width=w, bumps=256, seed=s) for g in ('gap', 'pairs') for p in ('stripes and bumps', 'bumps alone')
+                for w in (4., 8.)]
     return out
 
 def _set_of(
     row:BumpRow, # of the study
 )->Set:          # its training set
     "What a row trains on."
-    if row.part in ('gap', 'pairs'): return gap_set(row.width, row.part == 'pairs')
-    if row.bumps and row.part != 'phases' and row.part != 'skew': return stripe_set(row.bumps, row.part != 'bumps alone', row.seed)
+    both = row.part.startswith('pairs')
+    if row.bumps: return stripe_set(row.bumps, 'stripes' in row.part, row.seed, row.width, both)
+    if row.width: return gap_set(row.width, both)
     return grid_set(row.dx, row.dy, row.kind)
 
 def _in_gap(
@@ -524,7 +541,7 @@ def _in_gap(
 )->dict:                         # columns
     "Samples inside the gap."
     f = places_between(model.recipe.task, 20*row.tests)
-    inside = inside_gap(f, model.recipe.task.size, row.width, row.part == 'pairs').nonzero()[:row.tests, 0]
+    inside = inside_gap(f, model.recipe.task.size, row.width, row.part.startswith('pairs')).nonzero()[:row.tests, 0]
     seen = draw_at(model, BumpFactors(*(v[inside] for v in f)))
     dx, dy, off = far_off(seen.f, seen.read)
     near = [(d < 1).double().mean().item() for d in (off, dx, dy)]
@@ -540,7 +557,7 @@ def _measure_bumps(
     marks = [m for m in marks if m <= row.steps] + ([row.steps] if row.steps not in marks else [])
     nothing = dict.fromkeys(GAP, math.nan)
     for phase, _ in phases(model, fit(model, data.x, row.steps, row.seed, data.y), data.f, marks, row.tests, row.part == 'phases'):
-        gap = _in_gap(model.eval(), row) if row.part in ('gap', 'pairs') else {}
+        gap = _in_gap(model.eval(), row) if row.width else {}
         yield {k: v for k, v in phase._asdict().items() if k != 'images'} | dict(seen=phase.images) | nothing | gap
 
 register_study(Study('bumps', 'what a diffusion model learns of a place that it is given', _bump_rows, _measure_bumps,
@@ -576,7 +593,7 @@ def _measure_published(
 register_study(Study('bumps_published', 'bumps in the published setting', _published_rows, _measure_published, keys=('d', 'step'),
                      shown=('one', 'within', 'error_px', 'by_condition'), reports=False))
 
-# %% ../nbs/20_bumps.ipynb #20a0002f
+# %% ../nbs/20_bumps.ipynb #20a00031
 class PlaceRow(NamedTuple):
     "A row of the study `places`: a model of a rule task on its way."
     task:str    # a key of `TASKS`

@@ -209,7 +209,8 @@ def scheduler_steps(
     predict:Callable[[Tensor,Tensor],Tensor], # (xt, t) -> the model's prediction
     sch:SchedulerMixin,    # its timesteps set
     x:Tensor,              # (n,3,s,s) pure noise of unit size
-    seed:int, rows:Sequence[int], # whose fresh noise
+    seed:int,              # of the fresh noise
+    rows:Sequence[int],    # whose it is
     eta:Callable[[int],float], # of the timestep; 0: none
 )->Iterator[Denoised]:     # one per call of the model
     "The loop itself: predict, step, predict, step."

@@ -573,8 +573,9 @@ def readout(
 
 # %% ../nbs/11_when.ipynb #11a00028
 def auc(
-    score:Tensor, broken:Tensor, # (n,) a number, and whether the image breaks the rule
-)->float:                        # .5 is guessing; NaN where all or none are broken
+    score:Tensor,  # (n,) a number for each image
+    broken:Tensor, # (n,) bool: whether it breaks the rule
+)->float:          # .5 is guessing; NaN where all or none are broken
     "Chance that a broken image scores higher than another: the area under the ROC curve."
     if broken.all() or not broken.any(): return math.nan
     u = mannwhitneyu(score[broken].numpy(), score[~broken].numpy()).statistic

@@ -18,7 +18,7 @@ LAYERS = {  # module -> modules of the package that it may import
     "theory": {"core", "tasks", "schedule"},
     "coarse_fine": (MODEL - {"store"}) | {"table", "gates", "metrics", "sample", "study"},
     "when": {"core", "tasks", "schedule", "table", "gates", "metrics", "sample", "study", "theory", "coarse_fine"},
-    "bumps": {"core", "tasks", "schedule", "unet", "table", "train", "sample", "when"},
+    "bumps": {"core", "tasks", "schedule", "unet", "table", "metrics", "train", "sample", "coarse_fine", "when"},
     "classifier": MODEL | {"table", "metrics", "train", "study"},
     "guide": MODEL | {"metrics", "train", "sample", "classifier", "table", "study"},
     "filter": {"core", "tasks", "metrics", "sample", "classifier", "guide", "table", "study"},
@@ -32,7 +32,7 @@ LIBS = {  # library -> the only modules that may import it
     "huggingface_hub": {"store", "unet", "sample", "cli", "card"},
     "scipy": {"gates", "metrics", "when"},
     "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli", "when", "bumps"},
-    "nbdev": set(), "sklearn": set(), "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
+    "nbdev": set(), "sklearn": {"bumps"}, "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
 APART = {"cli", "trap", "certificate", "gpu", "gates", "theory", "bumps"}   # a reader sees gates as rows of a report; a toy stays in its lesson
 
