@@ -504,7 +504,7 @@ class BumpRow(NamedTuple):
     steps:int=600   # of the training
     tests:int=192   # samples of each sort at each mark
 
-TAU_MARKS = 20, 30, 40, 50, 60, 70, 80, 90, 100, 120, 140, 160, 180, 200, 230, 260, 300, 350, 400, 500, 600
+TAU_MARKS = 30, 50, 70, 90, 120, 150, 180, 220, 260, 320, 400, 600
 
 GAP = 'gap_within', 'gap_within_x', 'gap_within_y', 'gap_error_px', 'gap_one', 'gap_tests'   # columns
 
@@ -518,9 +518,10 @@ def _bump_rows(
     out:list[BumpRow] = []
     for s in range(3):
         out += [BumpRow('phases', seed=s)]
-        out += [BumpRow('skew', k, dx, dy, seed=s) for k in ('bump', 'stripes') for dx, dy in ((.25, 4.), (4., .25), (1., 1.))]
-        out += [BumpRow('skew', 'bump', .25, 1., seed=s), *(BumpRow('skew', 'stripe', d, 1., seed=s) for d in (.25, 1., 4.))]
-        out += [BumpRow('density', 'bump', d, d, seed=s) for d in (.5, 1.5, 2., 2.83, 4., 5.66)]
+        timed = [BumpRow('skew', k, dx, dy) for k in ('bump', 'stripes') for dx, dy in ((.25, 4.), (4., .25), (1., 1.))]
+        timed += [BumpRow('skew', 'bump', .25, 1.), *(BumpRow('skew', 'stripe', d, 1.) for d in (.25, 1., 4.))]
+        timed += [BumpRow('density', 'bump', d, d) for d in (.5, 1.5, 2., 2.83, 4., 5.66)]
+        out += [r._replace(seed=s, tests=128) for r in timed]   # looked at often
         out += [BumpRow(p, width=w, seed=s) for p in ('gap', 'pairs') for w in (2., 4., 6., 8.)]
         out += [BumpRow(p, bumps=n, seed=s) for p in ('stripes and bumps', 'bumps alone') for n in (16, 64, 256)]
         out += [BumpRow(f'{g}, {p}', width=w, bumps=256, seed=s) for g in ('gap', 'pairs') for p in ('stripes and bumps', 'bumps alone')
