@@ -1,4 +1,4 @@
-"""Below noise level 2 a trained network estimates the two lengths of a rule almost independently, and no later step of the chain repairs what comes of it; the places of the objects cost nothing.
+"""Below noise level .4 the errors of the two lengths in a network's estimate of the clean image are independent, above it they go together only in part; a miss of the rule that is made early in the chain is not repaired later.
 
 Docs: https://rulediff.github.io/rulediff_nb/when.html.md"""
 
@@ -205,10 +205,11 @@ def restart(
     seed:int=1,      # of scenes and noise
     steps:int=25,    # of a whole chain
     task:Task|str|None=None, # None: the model's
-)->Diagnosis:        # parts: rule_gap and error_px
+)->Diagnosis:        # parts: rule_gap and error_px; without a noise level: drawn freely, as many
     "The rule after noise is added to real images and taken off by the rest of the chain: what is lost below each noise level."
     task = _known_model(model, task, n, sigmas)
-    x0, lines, nfe = task.sample(n, seed)[0], [], 0
+    x0, nfe = task.sample(n, seed)[0], n*steps
+    lines = _report_lines(task, sample(model, n, steps, seed=seed, precision='fp32', progress=False), ('rule_gap', 'error_px'))
     for sigma in sigmas:
         t, out = timestep_for(model, sigma), []
         for i in range(0, n, 64):
@@ -577,9 +578,16 @@ def auc(
     broken:Tensor, # (n,) bool: whether it breaks the rule
 )->float:          # .5 is guessing; NaN where all or none are broken
     "Chance that a broken image scores higher than another: the area under the ROC curve."
-    if broken.all() or not broken.any(): return math.nan
+    if not len(broken) or broken.all() or not broken.any(): return math.nan
     u = mannwhitneyu(score[broken].numpy(), score[~broken].numpy()).statistic
     return float(u/(broken.sum()*(~broken).sum()))
+
+def _auc_interval(
+    score:Tensor, broken:Tensor, # see `auc`
+)->tuple[float,float,float]:     # area, and its interval over images
+    "Resampled images."
+    order = torch.from_numpy(row_generator(0, 1, stream=5052).integers(max(len(score), 1), size=(200, len(score))))
+    return auc(score, broken), *interval(torch.tensor([auc(score[o], broken[o]) for o in order]))
 
 WINDOWS = (0., .1), (.1, .4), (.4, 1.6), (1.6, 6.4)   # of sigma
 
@@ -588,9 +596,9 @@ def late_variance(
     n:int=256,       # samples
     seed:int=1,      # of the noise
     steps:int=50,    # of the chain
-    broken_px:float=.5, # an image whose length misses by more breaks the rule, as one that cannot be read
+    broken_px:float=.5, # an image whose length misses by more breaks the rule
     task:Task|str|None=None, # None: the model's
-)->Diagnosis:        # a part for each window of noise levels: area under the ROC curve; the share of broken images
+)->Diagnosis:        # areas under the ROC curve in each window of noise levels, for two questions; shares of such images
     "How well the variance of x0_hat within a part of the chain finds the samples that break the rule (Aithal et al. 2024)."
     task = _known_model(model, task, n, ())
     sigma = LogSigmaScheduler.from_config(model.recipe.schedule().config).sigmas_at(plan(model, steps, 'auto', seed).timesteps)
@@ -602,13 +610,13 @@ def late_variance(
             inside = [d.x0_hat.cpu() for d, s in zip(chain, sigma.tolist()) if w[0] < s <= w[1]]
             moments[w].append(torch.stack(inside).var(0).mean((1, 2, 3)) if len(inside) > 1 else torch.zeros(len(x[-1])))
     m = measured(task, read(task, torch.cat(x).clamp(-1, 1)))
-    broken = ~m.coarse | ((m.measured - m.predicted).abs()*task.size > broken_px)
-    lines = [_lines('broken', math.nan, broken.double().mean())]
+    broken = (m.measured - m.predicted).abs()*task.size > broken_px
+    lines = [_lines('share: unreadable or coarse rule broken', math.nan, 1 - m.coarse.double().mean()),
+             _lines('share: rule broken, of the others', math.nan, broken[m.coarse].double().mean())]
     for (_, high), v in moments.items():
-        v = torch.stack([torch.cat(v).double(), broken.double()])
-        order = torch.from_numpy(row_generator(0, 1, stream=5052).integers(n, size=(200, n)))
-        draws = torch.tensor([auc(v[0][o], v[1][o] > 0) for o in order])
-        lines.append(_lines('area under the ROC curve', high, auc(v[0], v[1] > 0), *interval(draws)))
+        v = torch.cat(v).double()
+        lines.append(_lines('finds the unreadable', high, *_auc_interval(v, ~m.coarse)))
+        lines.append(_lines('finds a broken rule', high, *_auc_interval(v[m.coarse], broken[m.coarse])))
     return Diagnosis('late_variance', pd.DataFrame(lines), n*steps)
 
 # %% ../nbs/11_when.ipynb #11a0002b
