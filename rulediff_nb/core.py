@@ -385,6 +385,10 @@ def plot_levels(
         drawn, = ax.plot(sigma, value, 'o-', ms=3, lw=1.2, label=name)
         ax.fill_between(sigma, low, high, color=drawn.get_color(), alpha=.2, lw=0)
     ax.set(xscale='log', xlabel='noise level sigma', ylabel=ylabel)
+    at = sorted({round(float(s), 4) for _, sigma, *_ in lines for s in sigma})
+    if len(at) <= 8:
+        ax.set_xticks(at, [f'{s:g}' for s in at])
+        ax.minorticks_off()
     if len(lines) > 1: ax.legend(fontsize=7, frameon=False)
     return ax.figure
 

@@ -341,6 +341,9 @@ class Slopes(NamedTuple):
     dependent:Tensor # (n,3*s*s): by the dependent length, the free numbers kept, canvas sides
     spread:float     # standard deviation of the dependent length over scenes
     x:Tensor         # (n,3,s,s) float32 in [-1,1]: the images
+    u:Tensor         # (n,n_uniform) float64: the numbers behind them
+    rgb:Tensor       # (n,objects,3) float64: their colours
+    numbers:list[int] # (k,) which of the numbers are free
 
 _JUMP = 100.   # no pixel changes so fast but where a scene jumps, as from one side to the other
 
@@ -361,8 +364,9 @@ def scene_slopes(
     by_length = (pixels(task.with_dependent(f, true + step)) - pixels(task.with_dependent(f, true - step)))/(2*step)
     ok = task.inside(f) & (free.abs().amax((1, 2)) < _JUMP)
     if not ok.any(): raise ValueError(f"none of {n} scenes of {task.name} can be differentiated: draw more")
-    free = free[ok]
-    return Slopes(free[:, :, free.abs().amax((0, 1)) > 1e-3], by_length[ok], true[ok].std().item(), task.render(type(f)(*(v[ok].float() for v in f))))
+    free, x = free[ok], task.render(type(f)(*(v[ok].float() for v in f)))
+    matter = (free.abs().amax((0, 1)) > 1e-3).nonzero()[:, 0].tolist()
+    return Slopes(free[:, :, matter], by_length[ok], true[ok].std().item(), x, u[ok], rgb[ok], matter)
 
 def bayes_error(
     slopes:Slopes, # of `scene_slopes`

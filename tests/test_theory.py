@@ -139,7 +139,7 @@ def test_the_best_error_is_that_of_the_best_linear_denoiser():
     x = theta@J[0].T
     xt = x + sigma*normal(20_000, 30)
     best = torch.linalg.lstsq(xt, x).solution
-    assert (xt@best - x).square().sum(1).mean().item() == pytest.approx(bayes_error(Slopes(J, normal(1, 30), 1., None), sigma), rel=.02)
+    assert (xt@best - x).square().sum(1).mean().item() == pytest.approx(bayes_error(Slopes(J, normal(1, 30), 1., *[None]*4), sigma), rel=.02)
 
 
 def test_scenes_that_cannot_be_drawn_are_left_out_and_none_is_refused():
