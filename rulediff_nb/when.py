@@ -1,4 +1,4 @@
-"""Of the rule between two lengths a network uses nothing below noise level .4, where the training hardly looks, and a part above; against the best possible denoisers, with and without the rule, one can say how much at each level.
+"""The lower the noise, the less of the rule a network uses: nothing or little below noise level .4, where the training hardly looks, and much of it above; the best possible denoisers, with and without the rule, say how much at each level.
 
 Docs: https://rulediff.github.io/rulediff_nb/when.html.md"""
 
