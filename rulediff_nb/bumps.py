@@ -1,4 +1,4 @@
-"""A diffusion model that is told where to draw a bump first draws several, then one in the wrong place, then one in the right place; the pictures jump from phase to phase, while the order of its latents grows smoothly and begins in the encoding of the condition.
+"""A diffusion model that is told where to draw a bump first draws nothing, then blobs, some images with several, then one bump in the wrong place, which moves to the right one; half of the order of its latents is in the encoding of the condition before training begins.
 
 Docs: https://rulediff.github.io/rulediff_nb/bumps.html.md"""
 
