@@ -30,7 +30,7 @@ from .table import Study, Work, register_study
 from .tasks import TASKS, WORLDS, Task
 from .train import fit
 from .unet import RuleUNet, unet
-from .when import unet_blocks
+from .when import outputs_of, unet_blocks
 
 # %% ../nbs/20_bumps.ipynb #20a00007
 class BumpFactors(NamedTuple):
@@ -178,7 +178,7 @@ def _read_profile(
     high = (profile - low)/height
     label = spots((high > .3)[:, None])
     count = ((label == torch.arange(1, size + 1, device=label.device)) & (label > 0)).sum((1, 2))
-    w = _gauss_newton((profile - low)/height, at[:, None], at[high.argmax(1)][:, None], sd)
+    w = _gauss_newton(high, at[:, None], at[high.argmax(1)][:, None], sd)
     fit = w[:, 2:] + w[:, 1:2]*torch.exp(-(at - w[:, :1]).square()/(2*sd*sd))
     return w[:, 0], w[:, 1], count, (high - fit).square().mean(1).sqrt()
 
@@ -234,15 +234,12 @@ def latents(
     if layer not in blocks: raise ValueError(f"layer must be one of {tuple(blocks)}, got {layer!r}")
     if y is not None and not model.recipe.conditions: raise ValueError("this model takes no conditions: it was made without conditions=2")
     if y is None and model.recipe.conditions: raise ValueError("this model takes conditions: give `y`")
-    kept, device = [], next(model.parameters()).device
-    def keep(module, given, out): kept.append((out[0] if isinstance(out, tuple) else out).flatten(1).cpu())
-    hook = blocks[layer].register_forward_hook(keep)
-    try:
+    device = next(model.parameters()).device
+    with outputs_of({layer: blocks[layer]}) as kept:
         for i in range(0, len(x), 64):
             a = x[i:i + 64].to(device)
             model.predict(a, torch.full((len(a),), t, device=device), None if y is None else y[i:i + 64].to(device))
-    finally: hook.remove()
-    return torch.cat(kept)
+    return torch.cat(kept[layer])
 
 def by_condition(
     model:RuleUNet, # takes conditions

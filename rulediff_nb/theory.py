@@ -7,7 +7,7 @@ Docs: https://rulediff.github.io/rulediff_nb/theory.html.md"""
 # %% auto #0
 __all__ = ['TOY_RULES', 'Rule', 'toy_data', 'toy_curve', 'toy_schedule', 'PosteriorMean', 'Separable', 'Polynomial', 'toy_sample',
            'rule_rmse', 'dsm_loss', 'TwoLayer', 'fit_toy', 'Patches', 'toy_patches', 'PatchNetwork', 'ThreeWay',
-           'Guided', 'Slopes', 'scene_slopes', 'bayes_error']
+           'Guided', 'Slopes', 'scene_slopes', 'moves', 'bayes_error']
 
 # %% ../nbs/10_theory.ipynb #10a00004
 import math
@@ -368,14 +368,21 @@ def scene_slopes(
     matter = (free.abs().amax((0, 1)) > 1e-3).nonzero()[:, 0].tolist()
     return Slopes(free[:, :, matter], by_length[ok], true[ok].std().item(), x, u[ok], rgb[ok], matter)
 
+def moves(
+    slopes:Slopes, # of `scene_slopes`
+    rule:bool=True, # False: the dependent length is one more free number
+)->tuple[Tensor,Tensor]: # (n,3*s*s,k) slopes by the free numbers, and (k,) the precisions of their priors
+    "What may move in some scenes."
+    J, precision = slopes.free, torch.full((slopes.free.shape[2],), 12., dtype=torch.float64)   # of a uniform number
+    if rule: return J, precision
+    return torch.cat([J, slopes.dependent[:, :, None]], 2), torch.cat([precision, torch.tensor([slopes.spread**-2], dtype=torch.float64)])
+
 def bayes_error(
     slopes:Slopes, # of `scene_slopes`
     sigma:float,   # noise over signal
     rule:bool=True, # False: the dependent length is not known
 )->float:          # squared error of x0_hat, all pixels together, mean over the scenes
     "What the best possible denoiser leaves, to first order in the noise."
-    J, precision = slopes.free, torch.full((slopes.free.shape[2],), 12., dtype=torch.float64)   # of a uniform number
-    if not rule:
-        J, precision = torch.cat([J, slopes.dependent[:, :, None]], 2), torch.cat([precision, torch.tensor([slopes.spread**-2], dtype=torch.float64)])
+    J, precision = moves(slopes, rule)
     inner = J.mT@J
     return torch.linalg.solve(inner/sigma**2 + precision.diag(), inner).diagonal(dim1=1, dim2=2).sum(1).mean().item()

@@ -8,12 +8,13 @@ Docs: https://rulediff.github.io/rulediff_nb/when.html.md"""
 __all__ = ['SIGMAS', 'LEAST', 'ERRORS', 'NEAR', 'MARGINS', 'WINDOWS', 'DIAGNOSES', 'TRIALS', 'FULL', 'CHECKPOINTS', 'SEEN',
            'Diagnosis', 'timestep_for', 'clean_estimate', 'coherence', 'Posterior', 'posterior', 'best_denoiser',
            'continue_from', 'restart', 'settling', 'decided', 'Linearized', 'gains', 'dimension', 'known_pixels',
-           'inpaint', 'conditional', 'forced_choice', 'unet_blocks', 'activations', 'readout', 'auc', 'late_variance',
-           'drawn', 'Examined']
+           'inpaint', 'conditional', 'forced_choice', 'unet_blocks', 'outputs_of', 'activations', 'readout', 'auc',
+           'late_variance', 'drawn', 'Examined']
 
 # %% ../nbs/11_when.ipynb #11a00004
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pandas as pd
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 
 from .coarse_fine import Trained, training_of, untrained_or_exact
 from .core import check_images, check_int, own_settings, plot_levels, range_known, row_generator, row_noise
-from .gates import read, take
+from .gates import places, read, take
 from .metrics import interval, measured, rule_report, task_of
 from .sample import Denoised, LogSigmaScheduler, check_model, fresh_below, plan, sample, sample_steps, scheduler_steps
 from .schedule import add_noise, amplitudes, snr, solve, timestep_of
 from .study import Denoiser, noisy_rule
 from .table import Study, Work, register_study
 from .tasks import TASKS, Task, shape_coverage
-from .theory import Slopes, bayes_error, scene_slopes
+from .theory import Slopes, bayes_error, moves, scene_slopes
 
 # %% ../nbs/11_when.ipynb #11a0000a
 SIGMAS = .05, .1, .2, .4, .8, 1.6   # noise levels of all diagnoses, where nothing else is said
@@ -208,7 +209,7 @@ def _scenes_at(
     f = task.draw(u.clamp(0, 1 - 1e-9).flatten(0, 1), slopes.rgb[at].repeat_interleave(m, 0))
     if not rule: f = task.with_dependent(f, theta[:, :, k].flatten())
     ok = task.inside(f) & ((u >= 0) & (u <= 1)).all(2).flatten()
-    f = type(f)(*(torch.where(ok.view(-1, *[1]*(v.ndim - 1)), v, v[ok][:1] if ok.any() else v) .float() for v in f))
+    f = type(f)(*(torch.where(ok.view(-1, *[1]*(v.ndim - 1)), v, v[ok][:1] if ok.any() else v).float() for v in f))
     return task.render(f).view(c, m, -1), ok.view(c, m)
 
 def _sharpened(
@@ -232,12 +233,10 @@ def posterior(
     "The best possible estimate of a clean scene, whoever makes it."
     n, k, out, freedom = len(slopes.x), len(slopes.numbers), [], 6.
     noisy = slopes.x + sigma*row_noise(seed, range(n), slopes.x.shape[1:], 5051)
-    J, precision = slopes.free, torch.full((k,), 12., dtype=torch.float64)
+    J, precision = moves(slopes, rule)
     length = getattr(task.draw(slopes.u, slopes.rgb), task.length)
     start, usual = slopes.u[:, slopes.numbers], getattr(task.factors(2000, 5), task.length).double().mean()
-    if not rule:
-        J, start = torch.cat([J, slopes.dependent[:, :, None]], 2), torch.cat([start, length[:, None]], 1)
-        precision = torch.cat([precision, torch.tensor([slopes.spread**-2], dtype=torch.float64)])
+    if not rule: start = torch.cat([start, length[:, None]], 1)
     cov = torch.linalg.inv(J.mT@J/sigma**2 + precision.diag())
     for i in range(0, n, 8):
         at = slice(i, min(i + 8, n))
@@ -346,7 +345,7 @@ def settling(
     sigma = LogSigmaScheduler.from_config(model.recipe.schedule().config).sigmas_at(plan(model, steps, 'auto', seed).timesteps)
     seen = [read(task, torch.cat(parts).clamp(-1, 1)) for parts in zip(*chain)]
     end, lines = seen[-1], []
-    names = [k for k in task.Factors._fields if k != 'rgb' and getattr(end, k)[end.readable].double().std() > .25/size]
+    names = [*places(task, end), task.length]
     for s, f in zip(sigma.tolist(), seen):
         ok = f.readable & end.readable
         lines.append(_lines('readable', s, f.readable.double().mean()))
@@ -639,6 +638,18 @@ def unet_blocks(
     down = {f'down {k}': b for k, b in enumerate(net.down_blocks)}
     return down | ({'middle': net.mid_block} if net.mid_block is not None else {}) | {f'up {k}': b for k, b in enumerate(net.up_blocks)}
 
+@contextmanager
+def outputs_of(
+    blocks:dict[str,nn.Module], # by name
+)->Iterator[dict[str,list[Tensor]]]: # name -> (b,features) on the CPU, one for each batch that passes
+    "What blocks output while it is open; the hooks are removed whatever happens."
+    kept = {}
+    def keep(name): return lambda module, given, out: kept.setdefault(name, []).append((out[0] if isinstance(out, tuple) else out).flatten(1).cpu())
+    hooks = [b.register_forward_hook(keep(k)) for k, b in blocks.items()]
+    try: yield kept
+    finally:
+        for h in hooks: h.remove()
+
 def activations(
     model:nn.Module, # a `RuleUNet`
     x0:Tensor,       # (n,3,s,s) in [-1,1]
@@ -646,12 +657,7 @@ def activations(
     seed:int=0,      # of the noise
 )->dict[str,Tensor]: # block -> (n,features); "pixels": the noised image itself
     "What the blocks of a U-Net output for noised images."
-    blocks, kept = unet_blocks(model), {}
-    def keep(name): return lambda module, given, out: kept.setdefault(name, []).append((out[0] if isinstance(out, tuple) else out).flatten(1).cpu())
-    hooks = [b.register_forward_hook(keep(k)) for k, b in blocks.items()]
-    try: clean_estimate(model, x0, sigma, seed)
-    finally:
-        for h in hooks: h.remove()
+    with outputs_of(unet_blocks(model)) as kept: clean_estimate(model, x0, sigma, seed)
     abar, t = model.recipe.schedule().alphas_cumprod, timestep_for(model, sigma)
     xt = add_noise(x0, torch.full((len(x0),), t), row_noise(seed, range(len(x0)), x0.shape[1:], 5051), abar)
     return dict(pixels=xt.flatten(1)) | {k: torch.cat(v) for k, v in kept.items()}
