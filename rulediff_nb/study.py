@@ -343,6 +343,7 @@ class Where(NamedTuple):
     device:str = ''     # such as "cuda"; empty: the fastest there is
     threads:int = 1     # of the CPU, per row
     until:float = math.inf # time.time() at which no row begins any more
+    owner:int = 0       # the process that asked for the run; another one stops when its parent ends
 
 @contextmanager
 def _locked(
@@ -365,7 +366,8 @@ def _train_needs(
         Path(where.trained).mkdir(parents=True, exist_ok=True)
         with _locked(Path(where.trained)/f'.{need.key}.lock'), closing(need.train(Path(where.trained), device)) as steps:
             for _ in steps:
-                if os.getppid() != parent: raise RuntimeError("the process that asked for this has ended")   # a killed study stops
+                alone = os.getpid() != where.owner and os.getppid() != parent   # a worker of a killed study stops
+                if alone: raise RuntimeError("the process that asked for this has ended")
                 if time.time() > where.until: raise TimeoutError(f"the budget is spent; {need.key} resumes")
 
 def _numbers(
@@ -702,7 +704,7 @@ def run_study(
     study = find_study(study) if isinstance(study, str) else study
     out = Path(out or f'runs/{study.name}{"-quick"*quick}')
     where = Where(str(out), str(trained or out.parent/'trained'), str(torch.device(device or default_device())), check_int(threads, 'threads', 1),
-                  time.time() + budget)
+                  time.time() + budget, os.getpid())
     check_int(workers, 'workers', 1)
     if not budget >= 0: raise ValueError(f"budget must be 0 or more seconds, got {budget}")
     rows = chosen(study.plan(quick), only)

@@ -259,7 +259,7 @@ def test_damaged_weights_fail_the_rows_that_need_them_alone(blob, tmp_path):
 
 
 def test_a_shipped_table_that_is_damaged_stops_no_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ruler_mark", lambda: "r")
+    monkeypatch.setattr(module, "report_mark", lambda: "r")   # not the readings of a missing table, which stay in memory
     for error in (OSError("no disk"), ValueError("no table"), KeyError("inputs")):
         for name in ("results", "about"): monkeypatch.setattr(module, name, Mock(side_effect=error))
         assert states(TOY, tmp_path/type(error).__name__) == ["measured"]*4
@@ -637,6 +637,14 @@ def test_a_killed_study_goes_on(wait, tmp_path):
     assert states(todo, tmp_path/"a/g").count("kept") >= 1 and file.stat().st_mtime_ns == stamp
     states(todo, tmp_path/"b/g")
     same(tmp_path/"a/g", tmp_path/"b/g")
+
+
+def test_a_training_stops_with_its_study_and_not_with_the_shell_that_began_it(tmp_path, monkeypatch):
+    one = grid(["two_squares"], changes=[TINY], steps=[40], n=32, images=16)
+    needs, parents = one.needs(one.plan(False)[0]), iter(range(1000))
+    monkeypatch.setattr(module.os, "getppid", lambda: next(parents))   # the parent ends all the time
+    with pytest.raises(RuntimeError, match="has ended"): module._train_needs(needs, module.Where("", str(tmp_path), "cpu"))
+    module._train_needs(needs, module.Where("", str(tmp_path), "cpu", owner=os.getpid()))
 
 
 def test_a_budget_stops_a_training_which_resumes(tmp_path):
