@@ -50,6 +50,7 @@ VARIANTS = {   # label -> changes of the preset `laptop`
     'transformer, patch 4': dict(backbone='dit', channels=(128,), attention=(True,), layers=8, head_dim=32, patch=4),
     'transformer, patch 2': dict(backbone='dit', channels=(144,), attention=(True,), layers=6, head_dim=48),
     'short sight': dict(channels=(64,), attention=(False,), middle='none', patch=1),
+    'as small, whole sight': dict(channels=(24, 24, 48), head_dim=24),   # as many weights as the one above
     'published training': CURVES['published training, partial'], 'tiny': CURVES['tiny']}   # the latter for the quick form
 WITHOUT = {'no rule': 'free', 'noisy rule': 'noisy'}   # label -> rule of its training set, a key of `TRAINING`
 CLOCK = 100, 140, 200, 280, 400, 560, 800, 1000, 1260, 1600    # steps at which a run is measured on its way
@@ -105,7 +106,7 @@ def _verdict(
     sets = [(0, 'laptop'), (500, 'laptop'), (500, 'drawn target'), (0, 'drawn target'), (FRESH, 'drawn target'), (16_000, 'drawn target'),
             (16_000, 'laptop')]
     clock = [r for s in seeds for n, label in sets for r in _clock(n, label, s)]
-    kinds = [*NETWORKS.items(), ('transformer, patch 4', 3*NETWORKS['transformer, patch 4'])]
+    kinds = [*NETWORKS.items(), ('as small, whole sight', NETWORKS['short sight']), ('transformer, patch 4', 3*NETWORKS['transformer, patch 4'])]
     network = [_row('network', PAIR[0], label=k, steps=n, length=n, seed=s, images=1024) for s in seeds for k, n in kinds]
     long = [_row('long', t, steps=k, length=LONG[-1], images=1024) for t in PAIR for k in LONG]
     published = [_row('published', PAIR[0], label='published training', steps=k, length=PUBLISHED[-1]) for k in PUBLISHED]

@@ -16,12 +16,12 @@ PLAN, CPU = STUDY.plan(False), torch.device("cpu")
 
 def test_every_cell_is_planned():
     rows, seeds = Counter(r.cell for r in PLAN), {c: {r.seed for r in PLAN if r.cell == c} for c in {r.cell for r in PLAN}}
-    assert rows == dict(tasks=21, control=14, network=27, long=16, clock=420, size=6, published=5) and len(set(PLAN)) == len(PLAN)
+    assert rows == dict(tasks=21, control=14, network=30, long=16, clock=420, size=6, published=5) and len(set(PLAN)) == len(PLAN)
     assert len({row_key(STUDY, r) for r in PLAN}) == len(PLAN) and all(len(seeds[c]) == 3 for c in ("tasks", "network", "clock", "size"))
     sets = {(r.n, r.label) for r in PLAN if r.cell == "clock" and r.task == "two_circles"}
     assert sets == {(500, "laptop"), (500, "drawn target"), (2000, "laptop"), (2000, "drawn target"), (16_000, "laptop"), (16_000, "drawn target"),
                     (32*CLOCK[-1], "drawn target")}
-    assert {r.label for r in PLAN if r.cell == "network"} == set(NETWORKS) and {r.steps for r in PLAN if r.cell == "long"} == set(LONG)
+    assert {r.label for r in PLAN if r.cell == "network"} == set(NETWORKS) | {"as small, whole sight"} and {r.steps for r in PLAN if r.cell == "long"} == set(LONG)
 
 
 def test_each_run_keeps_all_marks_that_are_measured():
@@ -32,7 +32,7 @@ def test_each_run_keeps_all_marks_that_are_measured():
     for found in runs.values():
         assert len({n.marks for _, n in found}) == 1 and {n.at for _, n in found} <= {*found[0][1].marks}
         assert {r.steps for r, _ in found} == {n.at for _, n in found}
-    assert len(runs) == len({r.run() for r in PLAN if r.length}) == 97
+    assert len(runs) == len({r.run() for r in PLAN if r.length}) == 100
 
 
 @pytest.mark.parametrize("label", sorted({r.label for r in PLAN if r.length}))
@@ -48,6 +48,14 @@ def test_networks_are_of_one_size_but_for_the_widths():
     whole = weights["laptop"]
     assert all(.9*whole < weights[k] < 1.25*whole for k in NETWORKS if k not in ("narrow", "wide", "short sight")), weights
     assert weights["narrow"] < .5*whole and weights["wide"] > 2*whole
+
+
+def test_short_sight_has_a_partner_of_as_many_weights_and_steps():
+    short, whole = (VARIANTS[k] for k in ("short sight", "as small, whole sight"))
+    ours = [sum(p.numel() for p in unet("laptop", "sun_shadow_free", **v).parameters()) for v in (short, whole)]
+    assert abs(ours[1]/ours[0] - 1) < .06, ours
+    rows = [{r.steps for r in PLAN if r.label == k and r.cell == "network"} for k in ("short sight", "as small, whole sight")]
+    assert rows[0] == rows[1] and len(rows[0]) == 1
 
 
 @pytest.mark.parametrize("label", ["untrained", "exact"])
