@@ -518,7 +518,8 @@ def _bump_rows(
         out += [BumpRow('phases', seed=s)]
         timed = [BumpRow('skew', k, dx, dy) for k in ('bump', 'stripes') for dx, dy in ((.25, 4.), (4., .25), (1., 1.))]
         timed += [BumpRow('skew', 'bump', .25, 1.), *(BumpRow('skew', 'stripe', d, 1.) for d in (.25, 1., 4.))]
-        timed += [BumpRow('density', 'bump', d, d) for d in (.5, 1.5, 2., 2.83, 4., 5.66)]
+        timed += [BumpRow('density', 'bump', d, d) for d in (.5, 1.5, 2., 2.83, 4., 5.66)]   # 2 and 4 px put every bump at the same places of a patch
+        timed += [BumpRow('density', 'bump', d, d) for d in (1.75, 2.35, 3.3, 4.7)]             # these do not
         out += [r._replace(seed=s, tests=128) for r in timed]   # looked at often
         out += [BumpRow(p, width=w, seed=s) for p in ('gap', 'pairs') for w in (2., 4., 6., 8.)]
         out += [BumpRow(p, bumps=n, seed=s) for p in ('stripes and bumps', 'bumps alone') for n in (16, 64, 256)]
