@@ -10,9 +10,9 @@ __all__ = ['PALETTES', 'CHOICES', 'DEMO_SEED', 'DEMO_SCALE', 'DEMO_FILES', 'RULE
            'demo_nets', 'demo_lines', 'check_sampling', 'side_by_side', 'Part', 'demo_parts', 'demo_rows', 'line_text',
            'readable_sides', 'save_demo', 'weights_state', 'sound_rows', 'demo_plan', 'demo', 'draw', 'check_pictures',
            'sample_images', 'weights_table', 'list_all', 'train', 'parse_change', 'changes', 'stage', 'begin',
-           'release', 'study_states', 'earlier', 'outlook', 'headline', 'run_rows', 'study', 'lines_where', 'table',
-           'grid', 'write_report', 'report', 'states_of_files', 'doctor', 'commands', 'card', 'command_parser',
-           'run_command', 'steady_streams', 'one_stop', 'main']
+           'release', 'study_states', 'earlier', 'outlook', 'headline', 'run_rows', 'study', 'lines_where',
+           'claims_text', 'table', 'grid', 'write_report', 'report', 'states_of_files', 'doctor', 'commands', 'card',
+           'command_parser', 'run_command', 'steady_streams', 'one_stop', 'main']
 
 # %% ../nbs/90_cli.ipynb #c90run01
 import sys
@@ -57,7 +57,7 @@ from .store import save_release, sha256, write_atomic
 from .study import Done, Where, chosen, damaged_rows, outdated, rehearse, row_states, run_study
 from .study import grid as grid_study
 from .study import ship as ship_table
-from .table import RESULTS, Study, Work, about, arrays, find_study, read_table, register_study, results, studies, table_names
+from .table import RESULTS, Study, Work, about, arrays, claims, find_study, read_table, register_study, results, studies, table_names
 from .table import table as shown_table
 from .tasks import TASKS, Task, get_task
 from .train import run_weights, stands_at, train_steps
@@ -723,6 +723,15 @@ def _table_line(
         return dict(table=name, lines=len(results(name, folder)), title=about(name, folder)['title'])
     except (OSError, ValueError, LookupError, TypeError) as e: return dict(table=name, lines=0, title=f"cannot be read: {' '.join(str(e).split())}")
 
+def claims_text(
+    lines:pd.DataFrame, # of `claims`
+    width:int=110,      # characters
+)->str:                 # a paragraph per claim
+    "Claims as a terminal shows them."
+    def wrap(k, v, indent): return textwrap.fill(f'{k.replace("_", " ")}: {v}', width, initial_indent=indent, subsequent_indent='    ')
+    paragraphs = ([wrap(k, v, '  '*(i > 0)) for i, (k, v) in enumerate(line.items())] for line in lines.to_dict('records'))
+    return '\n'.join(['', *('\n'.join(p) + '\n' for p in paragraphs)])
+
 def table(
     name:str='',  # one of the studies; empty: lists the tables
     where:str='', # lines to print, such as "task=two_circles,two_squares scale=4"; empty: all
@@ -741,6 +750,7 @@ def table(
     else:
         print(text_table(shown_table(name, folder, lambda df: keep), '{:g}'))
         print(f"\n{keep.sum()} lines; measured again by: {about(name, folder)['command']}", flush=True)
+        if find_study(name).claims and not where: print(claims_text(claims(name, folder)), flush=True)
     if folder == RESULTS and (said := earlier(name)): print(f'rulediff table: {said}', file=sys.stderr)
 
 def _words(

@@ -6,7 +6,7 @@ Docs: https://rulediff.github.io/rulediff_nb/table.html.md"""
 
 # %% auto #0
 __all__ = ['STUDIES', 'MODULES', 'RESULTS', 'KEPT', 'Work', 'Study', 'register_study', 'table_names', 'read_table', 'results',
-           'about', 'arrays', 'summary', 'table', 'find_study', 'studies', 'revision', 'provenance']
+           'about', 'arrays', 'summary', 'table', 'claims', 'find_study', 'studies', 'revision', 'provenance']
 
 # %% ../nbs/00a_table.ipynb #1f6572ed
 import difflib, json, os, platform, re, subprocess
@@ -57,6 +57,7 @@ class Study:
     alone:Callable[[NamedTuple],bool] = _beside_others # row -> whether nothing may run beside it, such as a speed
     public:bool = True              # False: its rows depend on the reader's own options, no table ships
     reports:bool = True             # False: its numbers rest on the ruler alone, not on what a report makes of its readings
+    claims:Callable[[pd.DataFrame],Iterable[NamedTuple]]|None = None # lines of its table -> what they say, claim by claim
 
 STUDIES:dict[str,Study] = {}
 MODULES = 'certificate', 'sample', 'study', 'coarse_fine', 'when', 'bumps', 'classifier', 'guide', 'filter', 'gpu', 'cli'   # they define studies
@@ -168,6 +169,15 @@ def table(
         cells = zip(out[k], out[f'{k}_min'], out[f'{k}_max'], out.seeds)
         out[k] = [_number(m, lo, hi, i == 0 and several and n > 1) for m, lo, hi, n in cells]
     return out[[*keys, 'seeds', *shown]]
+
+def claims(
+    name:str,                # of a study
+    folder:str|Path=RESULTS, # of tables
+)->pd.DataFrame:             # text, a line per claim
+    "What a stored table says, claim by claim; ValueError for a study that states no claims."
+    study = find_study(name)
+    if study.claims is None: raise ValueError(f"the study {name!r} states no claims")
+    return pd.DataFrame(study.claims(results(name, folder)))
 
 def find_study(
     name:str, # a study's name

@@ -1,10 +1,12 @@
 "The verdict: its plan, its rows, and where drawn images differ from rule-abiding ones."
+import math
 from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 
-from rulediff_nb.coarse_fine import CLOCK, LONG, NETWORKS, VARIANTS, WITHOUT, Trained, residual_map, rule_true
+from rulediff_nb.coarse_fine import CLOCK, LONG, NETWORKS, VARIANTS, WITHOUT, Trained, fall, residual_map, rule_true, verdict_claims
 from rulediff_nb.study import TRAINING, Work, row_key
 from rulediff_nb.table import find_study
 from rulediff_nb.tasks import TASKS
@@ -49,6 +51,46 @@ def test_networks_are_of_one_size_but_for_the_widths():
     whole = weights["laptop"]
     assert all(.9*whole < weights[k] < 1.25*whole for k in NETWORKS if k not in ("narrow", "wide", "short sight")), weights
     assert weights["narrow"] < .5*whole and weights["wide"] > 2*whole
+
+
+def a_table(**changes):
+    "Two tasks of two seeds, as a finished study might hold them."
+    good = dict(cell="tasks", palette="fixed", label="laptop", n=4000, steps=3200, length=3200, size=32, images=2048, seen=102400, readable=.98,
+                coarse=.98, rule_gap=.1, rule_gap_low=.09, rule_gap_high=.11, short_rule_gap=.1, middle_rule_gap=.1, long_rule_gap=.2, error_px=.2,
+                error_px_floor=.002, error_px_chance=3., slope=.99, bias=.01, flags="")
+    return pd.DataFrame([good | dict(task="sun_shadow_free", seed=s) | changes for s in range(2)])
+
+
+def the_claims(*tables): return [c.verdict for c in verdict_claims(pd.concat(tables, ignore_index=True))]
+
+
+@pytest.mark.parametrize("changes, which, verdict", [
+    ({}, 0, "stands"), (dict(coarse=.9), 0, "open"), ({}, 1, "does not stand: learned in part"),
+    (dict(rule_gap=.02, rule_gap_low=.01, rule_gap_high=.03), 1, "does not stand: learned"),
+    (dict(rule_gap=.8, rule_gap_low=.7, rule_gap_high=.9), 1, "stands"), (dict(rule_gap_high=.6), 1, "open"), (dict(long_rule_gap=.6), 1, "open"),
+    (dict(flags="marginals readable"), 1, "does not stand: learned in part; its size is not comparable where a gate fails (marginals, readable)"),
+    ({}, 2, "was the ruler, for models like these"), (dict(slope=.9), 2, "open"), (dict(readable=.5, coarse=.5), 3, "open"), ({}, 4, "open"),
+    (dict(cell="control", label="no rule", rule_gap=.97), 6, "passed"), (dict(cell="control", label="no rule", rule_gap=.4), 6, "failed"),
+    (dict(cell="control", label="untrained", rule_gap=1.), 5, "passed"), (dict(cell="control", label="exact", rule_gap=.1), 7, "failed")])
+def test_what_the_table_says_follows_from_its_numbers(changes, which, verdict):
+    words, _, rest = the_claims(a_table(**changes))[which].partition(" (so far: 2 of ")
+    assert words == verdict and (not rest or rest.endswith(" denoisers)"))
+
+
+@pytest.mark.parametrize("later, verdict", [(.1, "a matter of compute, as far as trained; whether it ends at the floor is open"), (.19, "open")])
+def test_a_gap_that_falls_from_run_to_run(later, verdict):
+    early = a_table(cell="clock", steps=1600, length=1600, seen=51200, rule_gap=.2, rule_gap_low=.18, rule_gap_high=.22)
+    late = a_table(rule_gap=later, rule_gap_low=later - .02, rule_gap_high=later + .02)
+    assert the_claims(early, late)[4].startswith(verdict)
+    (one, _) = fall(pd.concat([early, late])).itertuples()
+    assert one.exponent == pytest.approx(math.log2(.2/later)) and one.seen == (51200, 102400)
+    inside = early.assign(length=3200)   # a mark on the way, at a high learning rate
+    assert the_claims(inside, late)[4].startswith("open")
+
+
+def test_an_empty_table_leaves_all_open():
+    found = [*verdict_claims(a_table().iloc[:0])]
+    assert {c.verdict for c in found} == {"open"} and {c.found for c in found} == {"-"}
 
 
 def test_short_sight_has_a_partner_of_as_many_weights_and_steps():
