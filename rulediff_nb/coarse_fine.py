@@ -225,8 +225,8 @@ def _fine(rows):
 
 def _straight(rows):
     "A slope within 5 % of the rule's by the exact ruler: the flat lines came from the reader."
-    off = (rows.slope - 1).abs().max()
-    return f'slope {_span(rows.slope)} of the rule\'s, bias {_span(rows.bias, 3)}', 'was the ruler, for models like these' if off <= STRAIGHT else 'open'
+    near = (rows.slope - 1).abs().max() <= STRAIGHT
+    return f'slope {_span(rows.slope)} of the rule\'s, bias {_span(rows.bias, 3)}', 'was the ruler, for models like these' if near else 'open'
 
 def _read(rows):
     "Nine in ten can be read."

@@ -713,6 +713,20 @@ def test_a_table_of_a_readers_own_run(toy, tmp_path, capsys):
     assert "toy" in run(capsys, "table", "--folder", tmp_path/"r")[1]
 
 
+def test_claims_are_printed_below_their_table(toy, tmp_path, capsys, monkeypatch):
+    class Claim(NamedTuple):
+        claim: str
+        rests_on: str
+    run(capsys, "study", "toy", "--workers", 1, "--out", tmp_path/"r")
+    assert "claim:" not in run(capsys, "table", "toy", "--folder", tmp_path/"r")[1]
+    with pytest.raises(ValueError, match="'toy' states no claims"): table.claims("toy", tmp_path/"r")
+    again(toy, claims=lambda df: [Claim(f"{len(df)} lines " + "word "*40, "them")])
+    out = run(capsys, "table", "toy", "--folder", tmp_path/"r")[1]
+    lines = out[out.index("claim: "):].splitlines()
+    assert f"claim: {len(results('toy', tmp_path/'r'))} lines" in lines[0] and lines[1].startswith("    word") and "  rests on: them" in lines
+    assert max(map(len, lines)) <= 110 and "claim:" not in run(capsys, "table", "toy", "--folder", tmp_path/"r", "--where", "coin=fair")[1]
+
+
 def test_a_text_table():
     df = pd.DataFrame(dict(name=["a", "long"], n=[12, 3], gap=[.5, np.nan]))
     assert cli.text_table(df).splitlines() == ["name  n   gap", "a    12 0.500", "long  3     -"] and cli.text_table(df[:0]) == "nothing"
