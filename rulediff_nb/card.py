@@ -497,13 +497,20 @@ def _counted(
     "How many images a line rests on."
     return next((df[k] for k in ('n', 'images') if k in df and pd.api.types.is_numeric_dtype(df[k])), None)
 
+def _seconds(
+    df:pd.DataFrame, # lines of a table
+)->float|None:       # None where a line does not say it
+    "Seconds of measuring; a row that gave several lines counts once."
+    if not len(df) or df.seconds.isna().any(): return None
+    return df[df.inputs.isna() | ~df.duplicated('inputs')].seconds.sum() if 'inputs' in df else df.seconds.sum()
+
 def _study_records(
     df:pd.DataFrame, said:dict, # lines, and the table's JSON file
 )->list[dict]:                  # with seconds; None where a line has none
     "Provenance of every machine."
     out = []
     for mark, d in df.groupby(df.provenance.fillna('')):
-        out.append(said.get('provenance', {}).get(mark, {}) | dict(seconds=d.seconds.sum() if d.seconds.notna().all() else None))
+        out.append(said.get('provenance', {}).get(mark, {}) | dict(seconds=_seconds(d)))
     return out
 
 def _study_data(
@@ -580,7 +587,7 @@ def study_more(
     used = {m for v in df.weights.dropna() for m in v.split('+')}
     sizes = sorted({_parameters(there[m].folder/f'{there[m].name}.safetensors') for m in used & set(there)})
     wide = [k for k in df if f'{k}_low' in df and f'{k}_high' in df]
-    return {'runtime': f'{df.seconds.sum():.0f} s of measuring' if df.seconds.notna().all() and len(df) else 'not recorded',
+    return {'runtime': 'not recorded' if (took := _seconds(df)) is None else f'{took:.0f} s of measuring',
             'parameters': f"{_shortly(f'{v:,}' for v in sizes)} in weights that ship" if sizes else 'no weights that ship are named',
             'seeds per setting': f'{seeds.min()} to {seeds.max()} ({len(seeds)} settings)' if len(seeds) else 'not stated',
             'images evaluated': 'not stated' if n is None else f'{n.min()} to {n.max()} a line' if n.min() < n.max() else f'{n.min()} a line',

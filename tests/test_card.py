@@ -37,6 +37,7 @@ from rulediff_nb.card import (
     source_cell,
     splits_entry,
     study_entries,
+    study_more,
     study_seeds,
     subjects,
     symbol_of,
@@ -271,6 +272,14 @@ def test_lines_without_stamps_or_seconds_are_seen():
     assert "inputs" not in of(df)["open data"] and "seconds" not in of(df)["hardware"]
     df.loc[3, ["inputs", "seconds"]] = None
     assert "inputs" in of(df)["open data"] and "missing: seconds" in of(df)["hardware"]
+
+
+def test_a_row_of_several_lines_took_its_seconds_once():
+    df = results("curves").assign(seconds=10.)
+    study, n = find_study("curves"), len(df)
+    assert study_more(df.assign(inputs=[f"{i:016}" for i in range(n)]), study)["runtime"] == f"{10*n} s of measuring"
+    assert study_more(df.assign(inputs=[f"{i//2:016}" for i in range(n)]), study)["runtime"] == f"{10*((n + 1)//2)} s of measuring"
+    assert study_more(df.assign(inputs=None), study)["runtime"] == f"{10*n} s of measuring"
 
 
 def test_columns_of_the_setup_that_are_missing_are_named():
