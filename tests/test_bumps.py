@@ -9,6 +9,7 @@ from rulediff_nb.bumps import (
     BUMP_RECIPE,
     KINDS,
     PUBLISHED_BUMPS,
+    BumpFactors,
     Bumps,
     bump_net,
     by_condition,
@@ -23,6 +24,7 @@ from rulediff_nb.bumps import (
     order,
     phases,
     places_between,
+    places_on,
     read_bumps,
     spots,
     stripe_set,
@@ -66,7 +68,7 @@ def test_stripes_are_read_along_their_axes(kind):
     x, f = world.sample(300, 2)
     r = world.features(x)
     dx, dy, _ = far_off(f, r)
-    assert r.readable.all() and dx.max() < 1e-3 and (kind == "stripe" or dy.max() < 1e-3)
+    assert r.readable.all() and dx.max() < 1e-3 and (dy.isnan().all() if kind == "stripe" else dy.max() < 1e-3)
     energy = (x - 1).square().mean().sqrt()
     assert energy == pytest.approx((WORLD.sample(300, 2)[0] - 1).square().mean().sqrt().item(), rel=.12)
 
@@ -92,6 +94,39 @@ def test_spots_are_connected_components():
 def test_noise_in_place_of_a_bump_is_no_bump():
     x = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     assert not read_bumps(WORLD, x).readable.any()
+
+
+def other(sd, **more): return Bumps(sd=sd, **more).render(INNER)
+
+
+def beside(height, away):
+    "A bump, and a second one of some height."
+    more = WORLD.render(WORLD.at((INNER.x + away) % 32, INNER.y))
+    return (WORLD.render(INNER) + height*(more - 1)).clamp(-1, 1)
+
+
+INNER = WORLD.at(*(6 + 20*torch.rand(2, 100, generator=torch.Generator().manual_seed(1))))
+WIDER, SQUARE = other(2.5), (torch.arange(32) - 15).abs() < 3
+
+
+@pytest.mark.parametrize("x", [other(2.5), other(3.), other(.6), torch.where(SQUARE[:, None] & SQUARE, -1., 1.).expand(4, 3, 32, 32),
+                               1 - .25*torch.ones(4, 3, 32, 32), WORLD.render(INNER) - .3, beside(.9, 12.), beside(.6, 7.),
+                               Bumps(kind="stripe").render(INNER)])
+def test_what_is_no_bump_is_near_no_condition(x):
+    with bumps.range_known(): r = WORLD.features(x.clamp(-1, 1))
+    assert (far_off(BumpFactors(*(v[:len(x)] for v in INNER)), r)[2] < 1).double().mean() < .05
+
+
+@pytest.mark.parametrize("kind", ["stripe", "stripes"])
+def test_what_is_no_stripe_is_near_no_condition(kind):
+    world = Bumps(kind=kind)
+    one, away = world.render(INNER), world.render(WORLD.at((INNER.x + 12) % 32, (INNER.y + 12) % 32))
+    half = one.clone()
+    half[:, :, 14:] = 1.
+    others = [Bumps(kind=k).render(INNER) for k in KINDS if k != kind]
+    for x in (half, one + .9*(away - 1), WORLD.render(INNER), *others, torch.ones_like(one)):
+        with bumps.range_known(): assert (far_off(INNER, world.features(x))[2] < 1).double().mean() < .05
+    assert (far_off(INNER, world.features(one))[2] < .01).all()
 
 
 def test_rows_depend_on_seed_and_row_alone():
@@ -161,6 +196,13 @@ def test_phases_yield_at_their_marks_and_leave_training_alone():
     assert steps == [0, 2, 6] and one == losses(())[1]
 
 
+def test_stripes_without_the_band_and_their_control():
+    whole, less = stripe_set(256, True, 0, 4.), stripe_set(256, True, 0, 4., stripes_too=True)
+    assert torch.equal(whole.x[:256], less.x[:256]) and len(whole.x) - len(less.x) == 2*4*4   # .25 px apart, both ways
+    up = less.y[256:][less.y[256:, 2] == 1]
+    assert ((up[:, 0]*16).abs() >= 2).all()
+
+
 def test_a_phase_counts(monkeypatch, net):
     at = places_between(WORLD, 64)
     monkeypatch.setattr(bumps, "sample", lambda model, n, *a, y, **k: WORLD.render(WORLD.at(*((y.T + 1)*16 + torch.tensor([[.5], [0.]])))))
@@ -176,6 +218,16 @@ def test_a_phase_counts(monkeypatch, net):
     (lambda: WORLD.tiling(0., 1.), "dx"), (lambda: WORLD.tiling(1., 40.), "dy"), (lambda: WORLD.features(torch.zeros(2, 3, 16, 16)), "32x32"),
     (lambda: WORLD.at(torch.tensor([33.]), torch.tensor([1.])), "centres in"), (lambda: Bumps(kind="ring"), "kind must be"),
     (lambda: WORLD.at(torch.tensor([3.]), torch.tensor([1., 2.])), "as many"), (lambda: Bumps(sd=0.), "sd must be"),
+    (lambda: gap_set(40., False), "holds 1024 of 1024"), (lambda: gap_set(.9, False), "holds 0 of"),
+    (lambda: stripe_set(16, True, width=-3.), "holds 0"),
+    (lambda: stripe_set(1000, True, width=8.), "at most 768"), (lambda: learning_time([0, 10], [.1]), "rising steps"),
+    (lambda: learning_time([10, 0], [.1, .2]), "rising steps"), (lambda: order(torch.zeros(40, 2), torch.rand(40, 2)), "are the same"),
+    (lambda: order(torch.rand(40, 2), torch.rand(40, 2), 0), "k must be"),
+    (lambda: places_on(WORLD.at(torch.ones(3), torch.ones(3)), WORLD), "none of the 3"),
+    (lambda: list(phases(bump_net(WORLD, 0, **SMALL), iter(()), grid_set(4., 4.).f, (3,), 8)), "before the last mark"),
+    (lambda: by_condition(bump_net(WORLD, 0, **SMALL), torch.full((2, 2), 16.)), "conditions lie in"),
+    (lambda: latents(bump_net(WORLD, 0, **SMALL), torch.zeros(0, 3, 32, 32), 20, torch.zeros(0, 2)), "one or more images"),
+    (lambda: latents(bump_net(WORLD, 0, **SMALL), torch.full((1, 3, 32, 32), 255.), 20, torch.zeros(1, 2)), "values up to 255"),
     (lambda: WORLD.sample(4, 0, violate="up"), "no rule"), (lambda: embed(torch.zeros(9, 4), "tsne"), "how must be")])
 def test_mistakes_are_named(call, words):
     with pytest.raises(ValueError, match=words): call()
@@ -211,4 +263,5 @@ def test_the_three_phases_come():
     m = bump_net(WORLD, 0)
     for p, _ in phases(m, fit(m, data.x, 600, 0, data.y), data.f, (20, 36, 40, 44, 100, 600)): found[p.step] = p
     assert found[20].none > .9 and max(found[k].several for k in (36, 40, 44)) > .1 and found[100].within < .2 and found[600].within > .9
-    assert all(p.image_drawn > .7 for p in found.values() if p.one > .9)
+    assert found[600].swapped_drawn < .4 < found[100].swapped_drawn   # the latents come to follow the condition, whatever the picture shows
+    assert all(abs(p.image_drawn - p.pixels_drawn) < .15 and p.fresh_drawn > .6 for p in found.values() if p.one > .9)
