@@ -649,7 +649,7 @@ def _published_rows(
     quick:bool, # one tiny one
 )->list[PublishedRow]: # rows
     "Increments from 1 to .1 px, which makes a thousand to a hundred thousand images."
-    return [PublishedRow(4., 0, 2, 40)] if quick else [PublishedRow(d, s, 20_000) for s in range(5) for d in (1., .5, .25, .1)]
+    return [PublishedRow(4., 0, 2, 8)] if quick else [PublishedRow(d, s, 20_000) for s in range(5) for d in (1., .5, .25, .1)]
 
 def _measure_published(
     row:PublishedRow, work:Work, # a training
