@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .core import check_images, check_int, own_settings, row_generator
+from .core import check_images, check_int, own_settings, range_known, row_generator
 from .schedule import FiniteSet, add_noise, min_snr_weight, snr, target
 from .store import StoreError, content_hash, load_tensors, plain, save_tensors
 from .table import provenance
@@ -310,9 +310,11 @@ def check_set(
     y:Tensor|None=None, # (n,) labels or (n,k) conditions
 )->Tensor|None:     # the labels
     "ValueError or TypeError unless `x0` holds images of the model's size, with labels if and only if it takes them."
-    if not len(check_images(x0, model.recipe.task.size)): raise ValueError("the training set is empty")
+    task = model.recipe.task
+    with range_known() if task.pale else nullcontext(): check_images(x0, task.size)
+    if not len(x0): raise ValueError("the training set is empty")
     low, high = x0.aminmax()
-    if len(x0) >= 8 and 0 <= low < .3 < high and not model.recipe.task.pale:   # real scenes go below 0
+    if len(x0) >= 8 and 0 <= low < .3 < high and not task.pale:   # real scenes go below 0
         raise ValueError(f"the training set must be in [-1,1], but lies in [{low:.3g}, {high:.3g}]; for 0..1 use 2*x - 1")
     if y is None and (model.recipe.classes or model.recipe.conditions): raise ValueError("this network is trained with labels, got none")
     return check_labels(y, len(x0), model.recipe)

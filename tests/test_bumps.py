@@ -203,6 +203,12 @@ def test_stripes_without_the_band_and_their_control():
     assert ((up[:, 0]*16).abs() >= 2).all()
 
 
+def test_pale_images_train_without_a_warning(recwarn):
+    data = grid_set(1., 1., "stripes")
+    next(fit(bump_net(data.world, 0, **SMALL), data.x, 2, 0, data.y))
+    assert data.x.min() > .2 and not recwarn.list
+
+
 def test_a_phase_counts(monkeypatch, net):
     at = places_between(WORLD, 64)
     monkeypatch.setattr(bumps, "sample", lambda model, n, *a, y, **k: WORLD.render(WORLD.at(*((y.T + 1)*16 + torch.tensor([[.5], [0.]])))))
