@@ -168,8 +168,9 @@ def _measure_verdict(
     return said | verdict_columns(report) | more | ({pictures_of(row.task, row.steps): to_bytes(x[:8].cpu())} if _is_shown(row) else {})
 
 def pictures_of(
-    task:str, steps:int, # of a row of the clock
-)->str:                  # a key of `arrays('verdict')`
+    task:str,  # a key of `TASKS`
+    steps:int, # of a row of the clock
+)->str:        # a key of `arrays('verdict')`
     "Where the first eight samples of a checkpoint lie."
     return f'{task} after {steps} steps'
 

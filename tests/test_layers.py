@@ -31,7 +31,7 @@ LIBS = {  # library -> the only modules that may import it
     "joblib": {"study"}, "dask": {"study"}, "ray": {"study"}, "filelock": {"train", "study"},
     "huggingface_hub": {"store", "unet", "sample", "cli", "card"},
     "scipy": {"gates", "metrics", "when"},
-    "pandas": {"table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli", "when", "bumps"},
+    "pandas": {"coarse_fine", "table", "images", "study", "certificate", "sample", "classifier", "guide", "filter", "card", "cli", "when", "bumps"},
     "nbdev": set(), "sklearn": {"bumps"}, "cv2": {"trap"}, "jupyterlab": set(), "pickle": set()}
 
 APART = {"cli", "trap", "certificate", "gpu", "gates", "theory", "bumps"}   # a reader sees gates as rows of a report; a toy stays in its lesson
