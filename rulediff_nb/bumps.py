@@ -1,4 +1,4 @@
-"""A diffusion model that is told where to draw a bump first draws nothing, then blobs, some images with several, then one bump in the wrong place, which moves to the right one; half of the order of its latents is in the encoding of the condition before training begins.
+"""A diffusion model with a place as its condition first draws nothing, then blobs, some images with several, then one bump in the wrong place, which moves to the right one; meanwhile its latents come to follow the condition instead of the picture.
 
 Docs: https://rulediff.github.io/rulediff_nb/bumps.html.md"""
 

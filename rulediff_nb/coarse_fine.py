@@ -10,7 +10,6 @@ __all__ = ['VARIANTS', 'WITHOUT', 'CLOCK', 'FRESH', 'LONG', 'PUBLISHED', 'NETWOR
            'verdict_columns', 'pictures_of', 'Claim', 'partial_gap', 'coarse_by_chance', 'fall', 'verdict_claims']
 
 # %% ../nbs/09_coarse_fine.ipynb #09a00004
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
