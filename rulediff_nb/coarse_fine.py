@@ -10,6 +10,7 @@ __all__ = ['VARIANTS', 'WITHOUT', 'CLOCK', 'FRESH', 'LONG', 'PUBLISHED', 'NETWOR
            'verdict_columns', 'pictures_of', 'Claim', 'partial_gap', 'coarse_by_chance', 'fall', 'verdict_claims']
 
 # %% ../nbs/09_coarse_fine.ipynb #09a00004
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -154,8 +155,8 @@ def verdict_columns(
     out = report_columns(report, ROWS, ('value', 'low', 'high'))
     for k in ('rule_gap', 'error_px', 'spread'): out |= {f'{k}_{p}': getattr(report.rows[k], p) for p in ('floor', 'chance')}
     more = report.rows['rule_gap'].more
-    groups = dict(zip(('short', 'middle', 'long'), more['terciles'])) | {k: more[k] for k in ('near', 'far') if k in more}
-    return out | {f'{name}_{k}': g[k] for name, g in groups.items() for k in ('rule_gap', 'error_px', 'weight')}
+    groups = dict(zip(('short', 'middle', 'long'), more['terciles'])) | {k: more.get(k, {}) for k in ('near', 'far')}   # the suns' alone
+    return out | {f'{name}_{k}': g.get(k, math.nan) for name, g in groups.items() for k in ('rule_gap', 'error_px', 'weight')}
 
 def _measure_verdict(
     row:Trained, work:Work, # a row, and its denoiser

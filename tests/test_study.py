@@ -448,7 +448,7 @@ EARLIER = "it rests on reports with the earlier gates, and on images of the earl
 OPEN = dict(   # table -> why it is outdated, incomplete or not there
     gpu="it needs an accelerator, and ships when one was at hand", verdict="its trainings are under way, and take some thirty hours of one core",
     when="it looks at the verdict's models", bumps="two of its three seeds are under way",
-    places="it waits for the verdict's clock", bumps_published="it needs an accelerator",
+    bumps_published="it needs an accelerator",
     sampling=EARLIER, precision=EARLIER, curves=EARLIER, brief=EARLIER, recipes=EARLIER, sweep=EARLIER, guidance=EARLIER, filters=EARLIER)
 
 
