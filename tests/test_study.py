@@ -447,7 +447,7 @@ PUBLIC = sorted(k for k, s in studies().items() if s.public)
 EARLIER = "it rests on reports with the earlier gates, and on images of the earlier sampler"
 OPEN = dict(   # table -> why it is outdated, incomplete or not there
     gpu="it needs an accelerator, and ships when one was at hand", verdict="its trainings are under way, and take some thirty hours of one core",
-    when="it looks at the verdict's models", bumps="two of its three seeds are under way",
+    when="it looks at the verdict's models",
     bumps_published="it needs an accelerator",
     sampling=EARLIER, precision=EARLIER, curves=EARLIER, brief=EARLIER, recipes=EARLIER, sweep=EARLIER, guidance=EARLIER, filters=EARLIER)
 
