@@ -678,7 +678,9 @@ def test_unknown_studies_and_tables_name_the_nearest(capsys):
 def test_every_stored_table_can_be_printed(name, capsys):
     status, out, err = run(capsys, "table", name)
     told = f"rulediff table: {said}\n" if (said := cli.outdated(name)) else ""
-    assert status == 0 and err == told and out.rstrip().endswith(f"{len(results(name))} lines; measured again by: rulediff study {name}")
+    lines, _, claims = out.partition("\n\nclaim: ")
+    assert status == 0 and err == told and lines.rstrip().endswith(f"{len(results(name))} lines; measured again by: rulediff study {name}")
+    assert bool(claims) == (table.find_study(name).claims is not None)
     assert set(cli.shown_table(name).columns) == set(out.splitlines()[0].split())
     status, out, err = run(capsys, "table", name, "--csv")
     assert status == 0 and err == told and out == (table.RESULTS/f"{name}.csv").read_text()
