@@ -7,7 +7,8 @@ Docs: https://rulediff.github.io/rulediff_nb/coarse_fine.html.md"""
 # %% auto #0
 __all__ = ['VARIANTS', 'WITHOUT', 'CLOCK', 'FRESH', 'LONG', 'PUBLISHED', 'NETWORKS', 'PAIR', 'HALF', 'LEARNED', 'STRAIGHT',
            'READ', 'KEPT', 'rule_true', 'residual_map', 'Trained', 'training_of', 'untrained_or_exact',
-           'verdict_columns', 'pictures_of', 'Claim', 'partial_gap', 'coarse_by_chance', 'fall', 'verdict_claims']
+           'verdict_columns', 'pictures_of', 'Claim', 'partial_gap', 'coarse_by_chance', 'fall', 'of_published_size',
+           'verdict_claims']
 
 # %% ../nbs/09_coarse_fine.ipynb #09a00004
 import math
@@ -30,13 +31,18 @@ from .tasks import TASKS, Task, get_task
 from .unet import recipe, unet
 
 # %% ../nbs/09_coarse_fine.ipynb #09a0000f
+def _scene(
+    task:Task, f:NamedTuple, # whose, and n features
+)->NamedTuple:               # n factors
+    "What draws the scenes that were read."
+    return task.Factors(*(getattr(f, k) for k in task.Factors._fields))
+
 def rule_true(
     task:Task,    # whose
     f:NamedTuple, # n features, as `task.features` read them
 )->NamedTuple:    # n factors
     "The scenes that were read, with the dependent length that the rule demands."
-    scene = task.Factors(*(getattr(f, k) for k in task.Factors._fields))
-    return task.with_dependent(scene, task.dependent(f)[1])
+    return task.with_dependent(_scene(task, f), task.dependent(f)[1])
 
 def residual_map(
     task:Task, # whose
@@ -47,8 +53,7 @@ def residual_map(
     m = measured(task, f)
     if not m.coarse.any(): raise ValueError(f"none of {len(x)} images can be read and keeps the coarse rule: there is nothing to compare")
     good = take(f, m.coarse)
-    scene = task.Factors(*(getattr(good, k) for k in task.Factors._fields))
-    return (task.render(rule_true(task, good)) - task.render(scene)).abs().mean((0, 1))
+    return (task.render(rule_true(task, good)) - task.render(_scene(task, good))).abs().mean((0, 1))
 
 # %% ../nbs/09_coarse_fine.ipynb #09a00010
 VARIANTS = {   # label -> changes of the preset `laptop`
@@ -214,7 +219,8 @@ def partial_gap(
     y, names = t.dependent(f)[0].double().log(), [m for m in ('l1', 'h1', 'l2', 'h2', 'r1', 'r2') if m in f._fields and m != t.length]
     def left(gone):
         x = torch.stack([torch.zeros(n).double(), *(getattr(f, m).double().log() for m in names if m != gone)], 1)
-        near = torch.cdist(x[half:]/x.std(0).clamp(min=1e-9), x[:half]/x.std(0).clamp(min=1e-9)).topk(k if x.shape[1] > 1 else half, largest=False)
+        x = x/x.std(0).clamp(min=1e-9)
+        near = torch.cdist(x[half:], x[:half]).topk(k if x.shape[1] > 1 else half, largest=False)   # nothing to go by: all of them
         return _ratio_error((y[:half][near.indices].median(1).values - y[half:]).exp())
     chance = _ratio_error((y[:half] - y[half:]).exp())
     return min(v for m in names if (v := left(m)/chance) > .1)   # a length without which nothing is lost has no part in the rule
@@ -308,26 +314,38 @@ def _control(low, high):
     def say(rows): return f'rule_gap {_span(rows.rule_gap)}', 'passed' if rows.rule_gap.between(low, high).all() else 'failed'
     return say
 
+def of_published_size(
+    table:pd.DataFrame, # rows or lines of `verdict`
+)->pd.Series:           # bool
+    "Whose training set has the published number of images."
+    return table.task.map({k: t.paper_n for k, t in TASKS.items()}) == table.n
+
+def _grounds(
+    table:pd.DataFrame, # rows of the plan, or lines of the table
+)->dict[str,pd.DataFrame]: # those that a claim rests on
+    "Which part of the study says what."
+    fixed = table[table.palette == 'fixed']
+    ends = (fixed.label == 'laptop') & (fixed.steps == fixed.length) & of_published_size(fixed) & fixed.cell.isin(['clock', 'tasks', 'long'])
+    controls = fixed[fixed.cell == 'control']
+    kinds = {k: controls[controls.label == k] for k in ('untrained', 'no rule', 'exact')}
+    return dict(tasks=fixed[fixed.cell == 'tasks'], ends=fixed[ends & fixed.task.isin(PAIR)]) | kinds
+
 def verdict_claims(
     table:pd.DataFrame, # lines of the study `verdict`
 )->Iterator[Claim]:     # a line per claim
     "The paper's statements against the study; the criteria were written when the first seed, and the shipped models, had been measured."
-    fixed = table[table.palette == 'fixed']
-    tasks, controls = fixed[fixed.cell == 'tasks'], fixed[fixed.cell == 'control']
-    published = fixed.task.map({k: t.paper_n for k, t in TASKS.items()}) == fixed.n
-    ends = (fixed.label == 'laptop') & (fixed.steps == fixed.length) & published & fixed.cell.isin(['clock', 'tasks', 'long'])
-    both = fixed[ends & fixed.task.isin(PAIR)]
-    kinds = {k: controls[controls.label == k] for k in ('untrained', 'no rule', 'exact')}
+    there, planned = _grounds(table), {k: len(v) for k, v in _grounds(pd.DataFrame(_verdict(False))).items()}
+    def claim(text, part, overturned_by, say): return _claim(text, there[part], planned[part], overturned_by, say)
     theirs = 'samples of the published networks, read exactly: none are public; how far their reader explains it: 03b_trap'
-    yield _claim('Coarse rules are learned.', tasks, 15, 'a task whose coarse rule fails in images that can be read', _coarse)
-    yield _claim('Fine rules are not learned.', tasks, 15, 'a stricter ruler; samples whose scenes are distributed as real ones and miss more', _fine)
-    yield _claim('The fitted line is flatter than the rule (published: 0.81 to 0.93 of its slope).', tasks, 15, theirs, _straight)
-    yield _claim('Of the generated images 30 to 80 % cannot be measured.', tasks, 15, theirs, _read)
-    yield _claim('The objective leaves a constant error, which no training removes (here: velocity, averaged over the training set).', both, 14,
-                 'a run, ten times as long, whose gap stays', _falls)
-    yield _claim('Check of the ruler: it reads nothing in an untrained network.', kinds['untrained'], 5, '-', _control(.95, 1.05))
-    yield _claim('Control: trained where there is no rule, a network is at chance.', kinds['no rule'], 2, '-', _control(.9, 1.1))
-    yield _claim('Control: the exact denoiser keeps the rule (and copies every image).', kinds['exact'], 5, '-', _control(-.05, .05))
+    yield claim('Coarse rules are learned.', 'tasks', 'a task whose coarse rule fails in images that can be read', _coarse)
+    yield claim('Fine rules are not learned.', 'tasks', 'a stricter ruler; samples whose scenes are distributed as real ones and miss more', _fine)
+    yield claim('The fitted line is flatter than the rule (published: 0.81 to 0.93 of its slope).', 'tasks', theirs, _straight)
+    yield claim('Of the generated images 30 to 80 % cannot be measured.', 'tasks', theirs, _read)
+    yield claim('The objective leaves a constant error, which no training removes (here: velocity, averaged over the training set).', 'ends',
+                'a run, ten times as long, whose gap stays', _falls)
+    yield claim('Check of the ruler: it reads nothing in an untrained network.', 'untrained', '-', _control(.95, 1.05))
+    yield claim('Control: trained where there is no rule, a network is at chance.', 'no rule', '-', _control(.9, 1.1))
+    yield claim('Control: the exact denoiser keeps the rule (and copies every image).', 'exact', '-', _control(-.05, .05))
 
 register_study(Study('verdict', 'what diffusion models learn of a rule', _verdict, _measure_verdict, training_of,
                      keys=('cell', 'task', 'palette', 'label', 'n', 'size', 'length', 'steps'),

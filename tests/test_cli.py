@@ -715,7 +715,7 @@ def test_a_table_of_a_readers_own_run(toy, tmp_path, capsys):
     assert "toy" in run(capsys, "table", "--folder", tmp_path/"r")[1]
 
 
-def test_claims_are_printed_below_their_table(toy, tmp_path, capsys, monkeypatch):
+def test_claims_are_printed_below_their_table(toy, tmp_path, capsys):
     class Claim(NamedTuple):
         claim: str
         rests_on: str

@@ -121,7 +121,7 @@ def test_a_part_of_a_rule_and_a_coarse_rule_by_chance():
     assert coarse_by_chance("sun_shadow") == pytest.approx(.5, abs=.03) and coarse_by_chance("perspective") > .97
 
 
-def test_short_sight_has_a_partner_of_as_many_weights_and_steps():
+def test_a_short_receptive_field_has_a_partner_of_as_many_weights_and_steps():
     short, whole = (VARIANTS[k] for k in ("short receptive field", "as small, whole receptive field"))
     ours = [sum(p.numel() for p in unet("laptop", "sun_shadow_free", **v).parameters()) for v in (short, whole)]
     assert abs(ours[1]/ours[0] - 1) < .06, ours
