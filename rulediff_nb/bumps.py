@@ -330,7 +330,7 @@ def bump_net(
     seed:int=0,   # of the weights
     **changes,    # of `BUMP_RECIPE`
 )->RuleUNet:      # untrained; it takes the centre
-    "A network of .7 million parameters that learns to draw a bump where it is told within a minute."
+    "A network of .7 million parameters that learns to draw a bump at a given place within a minute."
     return unet('laptop', world, seed, **BUMP_RECIPE | dict(conditions=1 if world.kind == 'stripe' else 2) | changes)
 
 class Phase(NamedTuple):
